@@ -1,0 +1,28 @@
+"""Which images are held out from training."""
+
+import hashlib
+
+import numpy as np
+
+
+def is_held_out(
+    image_ids: np.ndarray, splits: list[str], fraction: float, seed: int, names: tuple[str, ...] = ("val", "test")
+) -> np.ndarray:
+    """A boolean per image. A named split decides where there are both kinds; else a hash of id and seed.
+
+    Splits whose name holds `val` or `test` are held out. The hash depends on the image id alone, so all
+    views of an image fall on one side and an image never changes sides when a dataset grows.
+    """
+    named = np.array([any(name in split.lower() for name in names) for split in splits], dtype=bool)
+    if named.any() and not named.all():
+        return named
+    drawn = np.array([_uniform(image_id, seed) for image_id in image_ids.tolist()])
+    held_out = drawn < fraction
+    if fraction > 0 and len(drawn) > 1 and not held_out.any():
+        held_out[drawn.argmin()] = True  # few images: an evaluation on none would say nothing
+    return held_out
+
+
+def _uniform(image_id: int, seed: int) -> float:
+    digest = hashlib.blake2b(f"{seed}/{image_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64

@@ -1,0 +1,116 @@
+"""A run's folder: its configuration, its metrics, its checkpoints.
+
+    config.json            the resolved configuration
+    record.json            what the run was given: store, rows trained on, rows held out, sizes
+    metrics.jsonl          one JSON object per line, keyed by `step`
+    tensorboard/           the same for TensorBoard
+    checkpoints/step-000100/{weights.safetensors, optimizer.pt, state.json}
+    last, best             text files, each naming a checkpoint folder
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sam_cache.errors import CheckpointError, UsageError
+
+
+class RunFolder:
+    """Opens or creates `path`. A folder that already holds a run is refused unless `resume`."""
+
+    def __init__(self, path: Path, *, resume: bool = False):
+        self.path = path
+        if (path / "config.json").exists() and not resume:
+            raise UsageError(f"{path}: already holds a run; add --resume to go on, or choose another --out")
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        _write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path / name).read_text())
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; [] before the first."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop what a killed run logged after the checkpoint that training goes on from."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        _write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def save(self, step: int, weights: dict[str, Tensor], optimizer: dict, state: dict[str, Any], best: bool) -> None:
+        """Commit a checkpoint: written aside, synced, renamed, and only then named by `last` (and `best`).
+
+        `weights` are the trained parameters alone. Other checkpoints than last and best are removed.
+        """
+        folder = self.path / "checkpoints"
+        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        save_file({name: value.contiguous() for name, value in weights.items()}, aside / "weights.safetensors")
+        torch.save(optimizer, aside / "optimizer.pt")
+        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for file in aside.iterdir():
+            _sync(file)
+        final = folder / f"step-{step:06d}"
+        if final.exists():  # a resumed run that stops where it started
+            shutil.rmtree(final)
+        aside.rename(final)
+        _sync(folder)
+        for name in ("last", "best") if best else ("last",):
+            _write_atomically(self.path / name, final.name + "\n")
+        named = {self._named(name) for name in ("last", "best")}
+        for other in folder.iterdir():
+            if other not in named:
+                shutil.rmtree(other)
+
+    def _named(self, name: str) -> Path | None:
+        pointer = self.path / name
+        return self.path / "checkpoints" / pointer.read_text().strip() if pointer.exists() else None
+
+    def load_weights(self, name: str = "best") -> dict[str, Tensor]:
+        """Trained parameters of checkpoint `last` or `best`. Raises CheckpointError when there is none."""
+        return load_file(self._existing(name) / "weights.safetensors")
+
+    def load_training(self) -> tuple[dict[str, Tensor], dict, dict[str, Any]]:
+        """(weights, optimizer state, loop state) of the last checkpoint."""
+        folder = self._existing("last")
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        return self.load_weights("last"), optimizer, json.loads((folder / "state.json").read_text())
+
+    def _existing(self, name: str) -> Path:
+        folder = self._named(name)
+        if folder is None or not folder.is_dir():
+            raise CheckpointError(f"{self.path}: no {name} checkpoint; train to the first save, or start without it")
+        return folder
+
+    @property
+    def resumable(self) -> bool:
+        return self._named("last") is not None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text)
+    _sync(aside)
+    os.replace(aside, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,14 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real images and masks: `$SAMCACHE_TEST_DATA`, else `shared/data` beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SAMCACHE_TEST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: set SAMCACHE_TEST_DATA (looked in {folder})")
+    return folder

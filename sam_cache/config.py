@@ -62,8 +62,8 @@ class DatasetKnobs(StageConfig):
     objects_per: Literal["class", "component"] = Field(
         "class", description="Class-index masks: one object per class, or per connected component."
     )
-    ignore_values: Integers = Field(
-        (0, 255), description="Class-index masks: values that are no object, such as background and void."
+    ignore_values: Integers | None = Field(
+        None, description="Class-index masks: values that are no object. Default: 0 and 255."
     )
     scenes: Positive = Field(64, description="Synthetic scenes to generate.")
     scene_seed: int = Field(0, description="Seed of the synthetic scenes.")

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 
 from sam_cache.errors import CheckpointError

@@ -20,6 +20,10 @@ def draw(prompts=5, masks=3, height=8, width=6, dtype=torch.float64, seed=0):
     return logits, scores, targets * valid, valid
 
 
+def assert_same(losses, expected):
+    torch.testing.assert_close(vars(losses), vars(expected), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 3.0)])
 def test_focal_equals_torchvision(alpha, gamma):
     logits, _, targets, valid = draw()
@@ -72,7 +76,7 @@ def test_all_empty_target_pulls_the_mask_down():
 
 def test_total_is_the_weighted_sum():
     logits, scores, targets, valid = draw(masks=1)
-    weights = LossWeights(focal=7, dice=3, iou=2)
+    weights = LossWeights(focal=7.0, dice=3.0, iou=2.0)
     losses = sam_loss(logits, scores, targets, valid, weights=weights)
     focal, dice = focal_loss(logits, targets, valid)[:, 0], dice_loss(logits, targets, valid)[:, 0]
     error = (scores - iou_of(logits, targets, valid))[:, 0] ** 2
@@ -115,7 +119,7 @@ def test_padding_has_no_effect():
     changed = torch.where(valid[:, None] == 0, 50.0, logits).requires_grad_()
     painted = torch.where(valid == 0, 1.0, targets)
     losses = sam_loss(changed, scores, painted, valid)
-    torch.testing.assert_close(losses, sam_loss(logits, scores, targets, valid), rtol=0, atol=0)
+    assert_same(losses, sam_loss(logits, scores, targets, valid))
     losses.total.sum().backward()
     assert not (changed.grad * (valid == 0)[:, None]).any()
 
@@ -125,7 +129,7 @@ def test_valid_per_image():
     per_image = torch.rand(2, 8, 6, dtype=torch.float64)
     image_index = torch.tensor([0, 1, 1, 0, 1])
     given = sam_loss(logits, scores, targets, per_image, image_index)
-    torch.testing.assert_close(given, sam_loss(logits, scores, targets, per_image[image_index]))
+    assert_same(given, sam_loss(logits, scores, targets, per_image[image_index]))
 
 
 def test_prompts_are_independent():
@@ -153,4 +157,4 @@ def test_half_precision_is_computed_in_fp32(dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = sam_loss(logits, scores, targets, valid)
     assert losses.total.dtype == torch.float32
-    torch.testing.assert_close(losses, expected, rtol=0, atol=0)
+    assert_same(losses, expected)

@@ -1,0 +1,47 @@
+import cv2
+import numpy as np
+import pytest
+
+from sam_cache.pictures import draw_curves
+from sam_cache.pictures.curves import _smooth
+
+
+def metrics_of(steps):
+    for step in range(1, steps + 1):
+        line = {
+            "step": step,
+            "loss": 2 / step,
+            "focal": 0.05 / step,
+            "dice": 1 / step,
+            "iou": 0.0,
+            "learning_rate": 1e-4,
+        }
+        yield line | ({"held_out/score": 0.5, "held_out/box": None} if step % 3 == 0 else {})
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 50])
+def test_any_length_of_run(tmp_path, steps):
+    draw_curves(list(metrics_of(steps)), tmp_path / "curves.png")
+    picture = cv2.imread(str(tmp_path / "curves.png"))
+    assert picture.shape == (1125, 1200, 3)
+    assert (picture < 128).any()
+
+
+def test_curves_are_drawn(tmp_path):
+    """Dropping one part changes the picture: each is really in it."""
+    lines = list(metrics_of(30))
+
+    def draw(missing):
+        draw_curves([{k: v for k, v in line.items() if k != missing} for line in lines], tmp_path / "c.png")
+        return cv2.imread(str(tmp_path / "c.png"))
+
+    whole = draw(None)
+    for name in ("loss", "focal", "dice", "learning_rate", "held_out/score"):
+        assert not np.array_equal(draw(name), whole), name
+    assert np.array_equal(draw("nothing"), whole)
+
+
+def test_smoothing_keeps_constants_and_does_not_lag():
+    assert _smooth(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
+    line = np.arange(200.0)
+    assert _smooth(line)[10:-10] == pytest.approx(line[10:-10])

@@ -1,0 +1,160 @@
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sam_cache.errors import CheckpointError, SamcacheError, UsageError
+from sam_cache.training import Pace, Progress, RunFolder, fit, learning_rate_factor, load, make_accelerator
+from sam_cache.types import Batch, Prompts, Targets
+
+
+class Scale(nn.Module):
+    """Predicts a mask as a learnt multiple of the level, so that gradients are easy to see."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([0.5, -0.2]))
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+
+
+def losses_of(network, batch):
+    predicted = (
+        batch.levels["neck"][batch.prompts.image_index] * network.factor[:, None, None] * network.frozen
+    )
+    error = (predicted.sum(1) - batch.targets.masks).square().mean((1, 2)) * batch.targets.weights
+    return {"loss": error.sum()}
+
+
+def make_batch(number: int, prompts: int = 5) -> Batch:
+    generator = torch.Generator().manual_seed(number)
+    index = torch.sort(torch.randint(3, (prompts,), generator=generator)).values
+    return Batch(
+        levels={"neck": torch.randn(3, 2, 4, 4, generator=generator)},
+        prompts=Prompts(
+            image_index=index,
+            kind=torch.zeros(prompts, dtype=torch.long),
+            points_xy_input=torch.zeros(0, 2),
+            labels=torch.zeros(0, dtype=torch.long),
+            offsets=torch.zeros(prompts + 1, dtype=torch.long),
+            boxes_xyxy_input=torch.zeros(prompts, 4),
+            has_box=torch.ones(prompts, dtype=torch.bool),
+        ),
+        targets=Targets(
+            torch.rand(prompts, 4, 4, generator=generator),
+            torch.ones(3, 4, 4),
+            1 + torch.rand(prompts, generator=generator),
+        ),
+        rows=np.arange(3) + number,
+        objects=np.arange(prompts),
+    )
+
+
+class Stream:
+    def __init__(self, start: int = 0):
+        self.position = start
+
+    def __iter__(self):
+        for self.position in count(self.position + 1):
+            yield make_batch(self.position)
+
+    def state(self):
+        return {"position": self.position}
+
+
+def train(
+    folder, steps, *, resume=False, evaluate=lambda: {"score": 0.0}, batches=None, objective=losses_of, **pace
+):
+    network = Scale()
+    run = RunFolder(folder, resume=resume)
+    run.write_json("config.json", {})
+    accelerator = make_accelerator(torch.device("cpu"), "fp32", folder)
+    optimizer = torch.optim.AdamW([network.factor], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, 100, warmup=3)
+    )
+    progress, batches = Progress(), batches or Stream()
+    if resume:
+        progress, state = load(network, optimizer, schedule, run)
+        batches = Stream(state["position"])
+    pace = Pace(**({"steps": steps, "evaluate_every": 100, "save_every": 100} | pace))
+    fit(network, batches, objective, evaluate, optimizer, schedule, run, accelerator, pace, progress)
+    accelerator.end_training()
+    return network, run
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    straight, straight_run = train(tmp_path / "straight", 6)
+    train(tmp_path / "parts", 2)
+    train(tmp_path / "parts", 5, resume=True)
+    parts, parts_run = train(tmp_path / "parts", 6, resume=True)
+    assert torch.equal(straight.factor, parts.factor)
+    drop = ("images_per_second", "held_out/score")
+    logs = [
+        [{k: v for k, v in line.items() if k not in drop} for line in run.metrics()]
+        for run in (straight_run, parts_run)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_chunks_give_the_gradient_of_the_whole(tmp_path):
+    whole, _ = train(tmp_path / "whole", 1, mask_budget=100)
+    chunked, _ = train(tmp_path / "chunked", 1, mask_budget=2)
+    assert torch.allclose(whole.factor, chunked.factor, rtol=1e-6)
+
+
+def test_accumulation_is_one_weighted_mean_over_all_prompts(tmp_path):
+    """Two batches of unequal weight accumulate to the gradient of their concatenation."""
+    network = Scale()
+    window = [make_batch(1), make_batch(2)]
+    total = sum(batch.targets.weights.sum() for batch in window)
+    (sum(losses_of(network, batch)["loss"] for batch in window) / total).backward()
+    expected = network.factor.grad.norm()
+    _, run = train(tmp_path, 1, accumulation=2, clip=1e9)
+    assert run.metrics()[0]["gradient_norm"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_checkpoint_holds_trained_parameters_alone_and_best_is_kept(tmp_path):
+    scores = iter([0.5, 0.9, 0.1, 0.2])
+    _, run = train(tmp_path, 4, evaluate=lambda: {"score": next(scores)}, evaluate_every=1, save_every=1)
+    assert set(run.load_weights()) == {"factor"}
+    assert (tmp_path / "best").read_text().strip() == "step-000002"
+    assert (tmp_path / "last").read_text().strip() == "step-000004"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000004",
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    def objective(network, batch):
+        broken = 2 in batch.rows and 1 not in batch.rows
+        return {"loss": losses_of(network, batch)["loss"] * (float("nan") if broken else 1.0)}
+
+    with pytest.raises(SamcacheError, match=r"step 2: loss is nan on rows \[2, 3, 4\]"):
+        train(tmp_path, 4, save_every=1, objective=objective)
+    assert RunFolder(tmp_path, resume=True).load_training()[2]["progress"]["step"] == 1
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    train(tmp_path, 1)
+    with pytest.raises(UsageError, match="--resume"):
+        RunFolder(tmp_path)
+
+
+def test_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="no best checkpoint"):
+        RunFolder(tmp_path).load_weights()
+
+
+def test_select_keeps_prompts_with_their_images():
+    batch = make_batch(7)
+    part = batch.select(torch.tensor([4, 1]))
+    image = batch.prompts.image_index[[4, 1]]
+    assert torch.equal(part.levels["neck"][part.prompts.image_index], batch.levels["neck"][image])
+    assert np.array_equal(part.rows[part.prompts.image_index], batch.rows[image])
+    assert torch.equal(part.targets.masks, batch.targets.masks[[4, 1]])
+    joined = [chunk.targets.masks for chunk in replace(batch).chunks(2)]
+    assert torch.equal(torch.cat(joined), batch.targets.masks)

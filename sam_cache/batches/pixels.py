@@ -51,7 +51,11 @@ class _Loaded:
 
 
 def pixel_batches(
-    dataset: Dataset, numbered_rows: Iterable[tuple[int, int]], how: Preprocessing, batch_size: int, threads: int
+    dataset: Dataset,
+    numbered_rows: Iterable[tuple[int, int]],
+    how: Preprocessing,
+    batch_size: int,
+    threads: int,
 ) -> Iterator[PixelBatch]:
     """Batches for (image number, row) pairs, in their order. A bad image is a failure, never an exception."""
 
@@ -71,7 +75,8 @@ def pixel_batches(
             rows=[item.row for item in good],
             pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
             content_hw=torch.tensor(
-                [(item.geometry.content_height, item.geometry.content_width) for item in good], dtype=torch.int64
+                [(item.geometry.content_height, item.geometry.content_width) for item in good],
+                dtype=torch.int64,
             ).reshape(-1, 2),
             hashes=[item.content_hash for item in good],
             failures=dict(item for item in chunk if not isinstance(item, _Loaded)),

@@ -6,7 +6,11 @@ import numpy as np
 
 
 def is_held_out(
-    image_ids: np.ndarray, splits: list[str], fraction: float, seed: int, names: tuple[str, ...] = ("val", "test")
+    image_ids: np.ndarray,
+    splits: list[str],
+    fraction: float,
+    seed: int,
+    names: tuple[str, ...] = ("val", "test"),
 ) -> np.ndarray:
     """A boolean per image. A named split decides where there are both kinds; else a hash of id and seed.
 

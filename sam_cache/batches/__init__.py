@@ -1,0 +1,21 @@
+"""Store rows or pixels, with masks and prompts, as streams of batches."""
+
+from sam_cache.batches.annotations import Annotator, Sampling
+from sam_cache.batches.cached import CachedBatches, read_rows
+from sam_cache.batches.object_columns import object_columns
+from sam_cache.batches.order import Cursor
+from sam_cache.batches.pixels import PixelBatch, Preprocessing, pixel_batches
+from sam_cache.batches.split import is_held_out
+
+__all__ = [
+    "Annotator",
+    "CachedBatches",
+    "Cursor",
+    "PixelBatch",
+    "Preprocessing",
+    "Sampling",
+    "is_held_out",
+    "object_columns",
+    "pixel_batches",
+    "read_rows",
+]

@@ -1,0 +1,43 @@
+"""Datasets, images, masks, geometry, prompts and targets."""
+
+from sam_cache.data.coco import open_annotations
+from sam_cache.data.crops import MaskCrop, crop_rle
+from sam_cache.data.dataset import Dataset
+from sam_cache.data.decode import Decoded, decode
+from sam_cache.data.formats import open_dataset
+from sam_cache.data.geometry import Geometry
+from sam_cache.data.pixels import to_pixels
+from sam_cache.data.points import DeterministicPoints, deterministic_points
+from sam_cache.data.prompts import (
+    KINDS,
+    PromptMixture,
+    keyed_generator,
+    parse_prompts,
+    sample_prompts,
+)
+from sam_cache.data.rle import mask_to_rle, measure_rle, rle_to_mask
+from sam_cache.data.targets import coverage, valid_coverage
+
+__all__ = [
+    "KINDS",
+    "Dataset",
+    "Decoded",
+    "DeterministicPoints",
+    "Geometry",
+    "MaskCrop",
+    "PromptMixture",
+    "coverage",
+    "crop_rle",
+    "decode",
+    "deterministic_points",
+    "keyed_generator",
+    "mask_to_rle",
+    "measure_rle",
+    "open_annotations",
+    "open_dataset",
+    "parse_prompts",
+    "rle_to_mask",
+    "sample_prompts",
+    "to_pixels",
+    "valid_coverage",
+]

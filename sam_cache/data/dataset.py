@@ -1,0 +1,36 @@
+"""What every dataset format becomes: images in a fixed order, and each image's objects on demand."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from sam_cache.types import ImageRecord, ObjectRecord
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A list of images with a way to read each one and a way to get its objects.
+
+    `images` never loses or reorders a row because a file is bad: such an image fails in `read` or
+    in `decode`, with an ImageError. `read(record)` gives the bytes of the image file.
+    `convert(number)` makes the objects of `images[number]`, and one line for each it had to leave
+    out. `categories` names the category ids.
+
+    `notes` tell the person how the files were understood; `problems` list what was left out, and
+    grow as `objects` is called.
+    """
+
+    images: Sequence[ImageRecord]
+    categories: dict[int, str]
+    read: Callable[[ImageRecord], bytes]
+    convert: Callable[[int], tuple[list[ObjectRecord], list[str]]]
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    _reported: set[int] = field(default_factory=set, repr=False)
+
+    def objects(self, number: int) -> list[ObjectRecord]:
+        """The usable objects of `images[number]`; what was wrong with the others goes to `problems`, once."""
+        objects, problems = self.convert(number)
+        if number not in self._reported:
+            self._reported.add(number)
+            self.problems.extend(problems)
+        return objects

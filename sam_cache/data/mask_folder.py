@@ -1,0 +1,182 @@
+"""A folder of images with a folder of masks.
+
+Three kinds of mask are understood, and told apart by looking at a sample of the files:
+
+- binary: 0 is background and 1 or 255 the object, also as 1-bit PNG or grey RGB; one object per image;
+- class index: each value, or palette entry, is a class; one object per class, or per connected part;
+- one binary file per object, where the pattern's file name has a `*`.
+"""
+
+import io
+from collections.abc import Collection, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from sam_cache.data.dataset import Dataset
+from sam_cache.data.decode import FORMATS
+from sam_cache.data.pairing import has_many_files, pair_folders
+from sam_cache.data.paths import read_inside, resolve_inside
+from sam_cache.data.rle import mask_to_rle, measure_rle
+from sam_cache.errors import DatasetError
+from sam_cache.types import ImageRecord, ObjectRecord
+
+SAMPLE = 64  # masks looked at, evenly spaced, to tell what kind they are
+VOID = frozenset({0, 255})  # background, and what VOC, ADE20K and Cityscapes call void
+
+
+def open_masks(
+    images: Path,
+    masks: Path,
+    pattern: str = "{stem}.*",
+    objects_per: str = "class",
+    ignore_values: Collection[int] | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Pair the files below `images` with masks below `masks`; see `pair_masks` for the pattern.
+
+    `objects_per` is `class`, or `component` for one object per 8-connected part of each class.
+    `ignore_values` are the mask values that are no object, 0 and 255 unless given; giving them also
+    says that the masks are class indices, whatever they look like.
+
+    Images without a mask and masks without an image are left out and listed in `notes`.
+    `categories` of class indices grow as `objects` meets values that the sample did not show.
+    """
+    paired, notes = pair_folders(images, masks, pattern)
+    names = list(paired)[:limit]
+    many = has_many_files(pattern)
+    kept = [paired[name] if many else paired[name][:1] for name in names]
+    problems = [
+        f"{name}: {len(paired[name])} masks match, only {paired[name][0]} is used; give a narrower --mask-pattern"
+        for name in names
+        if not many and len(paired[name]) > 1
+    ]
+
+    foreground, notes[:0] = _recognise(masks, kept, ignore_values, many)
+    void = VOID if ignore_values is None else frozenset(ignore_values)
+    categories = {1: "object"} if foreground else {}
+    records = [
+        ImageRecord(_name_to_id(name), name, *_read_size(masks, files[0]))
+        for name, files in zip(names, kept, strict=True)
+    ]
+
+    def convert(number: int) -> tuple[list[ObjectRecord], list[str]]:
+        record, objects, wrong = records[number], [], []
+        for file in kept[number]:
+            try:
+                mask = _read_mask(masks, file)
+                if mask.shape != (record.height, record.width):
+                    raise DatasetError(f"size {mask.shape[1]}x{mask.shape[0]} differs from {record.width}x{record.height}")
+                found = _split_values(mask, foreground, void)
+            except DatasetError as error:
+                wrong.append(f"mask {file}: {error}")
+                continue
+            if not found:
+                wrong.append(f"mask {file}: is empty")
+            for category, region in found:
+                categories.setdefault(category, str(category))
+                for part in _split_parts(region) if objects_per == "component" else [region]:
+                    rle = mask_to_rle(part)
+                    box, area = measure_rle(rle, *part.shape)
+                    objects.append(ObjectRecord(number << 20 | len(objects), category, rle, box, area))
+        return objects, wrong
+
+    return Dataset(records, categories, lambda record: read_inside(images, record.path), convert, notes, problems)
+
+
+def _name_to_id(name: str) -> int:
+    """48 bits of a hash, so that an image keeps its id, and its side of the held-out split, when others are added."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=6).digest())
+
+
+def _recognise(
+    masks: Path, files: Sequence[Sequence[str]], ignore_values: Collection[int] | None, many: bool
+) -> tuple[int, list[str]]:
+    """The value that is foreground in binary masks, 0 for class indices; and a note that says so."""
+    every = [file for group in files for file in group]
+    sample = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, SAMPLE).astype(int))]
+    values: set[int] = set()
+    for file in sample:
+        try:
+            mask = _read_mask(masks, file)
+        except DatasetError:
+            continue  # it is reported when its objects are asked for
+        values.update(np.unique(mask).tolist())
+        if _is_nearly_binary(mask):
+            raise DatasetError(
+                f"{masks / file}: grey levels near 0 and 255, neither binary nor class index (saved as JPEG?); "
+                "threshold the masks at 128 and save them as PNG"
+            )
+    what = f"looked at {len(sample)} of {len(every)}"
+    if ignore_values is None and values <= {0, 255} and 255 in values:
+        return 255, [f"masks are binary 0/255 ({what})"]
+    if ignore_values is None and values <= {0, 1}:
+        return 1, [f"masks are binary 0/1 ({what})"]
+    if many:
+        raise DatasetError(
+            f"{masks}: masks of one file per object must be 0/1 or 0/255, but values are {_shorten(values)}; "
+            "save them as binary masks"
+        )
+    return 0, [f"masks are class indices ({what}, values {_shorten(values)})"]
+
+
+def _shorten(values: Collection[int]) -> str:
+    first = sorted(values)[:8]
+    return ", ".join(map(str, first)) + (", ..." if len(values) > len(first) else "")
+
+
+def _is_nearly_binary(mask: np.ndarray) -> bool:
+    """Binary once, then compressed or resized: nearly all pixels within 15 levels of 0 or 255, not all on them."""
+    if mask.dtype != np.uint8:
+        return False
+    counts = np.bincount(mask.ravel(), minlength=256)
+    return counts[240:255].sum() > 0 and counts[:16].sum() + counts[240:].sum() > 0.9 * mask.size
+
+
+def _read_size(masks: Path, file: str) -> tuple[int, int]:
+    try:
+        with Image.open(resolve_inside(masks, file), formats=FORMATS) as header:
+            return header.size[::-1]
+    except Exception:  # as many kinds as Pillow has formats; the mask is reported when its objects are asked for
+        return 0, 0
+
+
+def _read_mask(masks: Path, file: str) -> np.ndarray:
+    """The values (H, W) of a mask file. Pillow, because OpenCV turns palette entries into colours."""
+    data = read_inside(masks, file)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            values = np.asarray(image)
+    except Exception as error:
+        raise DatasetError(f"damaged or not an image ({error})") from None
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    if values.ndim == 3:
+        grey = values[:, :, 0]
+        if values.shape[2] >= 3 and not (values[:, :, :3] == grey[:, :, None]).all():
+            raise DatasetError("is a colour picture; save class indices as grey or palette PNG")
+        values = grey
+    if not np.issubdtype(values.dtype, np.integer):
+        raise DatasetError(f"holds {values.dtype}; save class indices as grey or palette PNG")
+    return values
+
+
+def _split_values(mask: np.ndarray, foreground: int, void: frozenset[int]) -> list[tuple[int, np.ndarray]]:
+    """(category, region) for each object value in the mask."""
+    values = set(np.unique(mask).tolist())
+    if foreground:
+        if not values <= {0, foreground}:
+            raise DatasetError(
+                f"values {_shorten(values)}, where other masks have only 0 and {foreground}; "
+                "if they are class indices, give --ignore-values"
+            )
+        return [(1, mask == foreground)] if foreground in values else []
+    return [(value, mask == value) for value in sorted(values - void)]
+
+
+def _split_parts(region: np.ndarray) -> list[np.ndarray]:
+    count, labels = cv2.connectedComponents(region.astype(np.uint8), connectivity=8)
+    return [labels == label for label in range(1, count)]

@@ -1,0 +1,109 @@
+"""Which mask files belong to which image, by a pattern."""
+
+import bisect
+import os
+import posixpath
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from sam_cache.errors import DatasetError
+
+SUFFIXES = frozenset(".jpg .jpeg .png .tif .tiff .webp .avif .gif .bmp .jp2 .pgm .ppm .pbm".split())
+
+
+def list_images(root: Path) -> list[str]:
+    """Every image file below `root`, relative to it, with forward slashes, sorted."""
+    if not root.is_dir():
+        raise DatasetError(f"{root}: no such folder")
+    return sorted(
+        Path(folder, name).relative_to(root).as_posix()
+        for folder, _, names in os.walk(root)
+        for name in names
+        if PurePosixPath(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    )
+
+
+def pair_masks(images: Sequence[str], masks: Sequence[str], pattern: str) -> list[list[str]]:
+    """For each image the masks that `pattern` names, both as sorted relative paths.
+
+    In the pattern `{stem}` is the image's file name without suffix and `{dir}` its folder below the
+    image root; `*` stands for anything within the file name, and a final `.*` for any one suffix.
+    The result is a path below the mask root; `..` may be used to step from one folder to its
+    neighbour. A pattern without a slash is looked for in the same subfolder as the image.
+    """
+    check_pattern(pattern)
+    if "/" not in pattern:
+        pattern = "{dir}/" + pattern
+    return [_match(PurePosixPath(image), masks, pattern) for image in images]
+
+
+def pair_folders(images: Path, masks: Path, pattern: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Each image below `images` that has masks below `masks`, with those; and notes about what has no partner.
+
+    What is the mask of one image is never itself an image, so both may share a folder.
+    """
+    images, masks = images.resolve(), masks.resolve()
+    image_names, mask_names = list_images(images), list_images(masks)
+    found = {
+        image: [mask for mask in matches if masks / mask != images / image]
+        for image, matches in zip(image_names, pair_masks(image_names, mask_names, pattern), strict=True)
+    }
+    taken = {masks / mask for matches in found.values() for mask in matches}
+    found = {image: matches for image, matches in found.items() if images / image not in taken}
+    pairs = {image: matches for image, matches in found.items() if matches}
+    if not pairs:
+        raise DatasetError(
+            f"{images}: none of its {len(image_names)} images has a mask called {pattern!r} in {masks}; "
+            "give the right --mask-pattern"
+        )
+    lonely_images = [image for image in found if image not in pairs]
+    others = taken | {images / image for image in found}
+    lonely_masks = [mask for mask in mask_names if _may_be_mask(mask, pattern) and masks / mask not in others]
+    notes = [
+        f"{len(names)} {what}, left out: {', '.join(names)}"
+        for what, names in (("images without a mask", lonely_images), ("masks without an image", lonely_masks))
+        if names
+    ]
+    return pairs, notes
+
+
+def check_pattern(pattern: str) -> None:
+    folder, _, name = pattern.rpartition("/")
+    unknown = set(re.findall(r"{.*?}", pattern)) - {"{stem}", "{dir}"}
+    if unknown or "*" in folder or not name:
+        raise DatasetError(
+            f"mask pattern {pattern!r}: use {{stem}}, {{dir}} and, in the file name only, *; "
+            "for example '{stem}_mask.png' or '{dir}/../masks/*'"
+        )
+
+
+def has_many_files(pattern: str) -> bool:
+    """Whether the pattern asks for one file per object: a `*` that is more than the suffix."""
+    return "*" in pattern.removesuffix(".*")
+
+
+def _may_be_mask(name: str, pattern: str) -> bool:
+    """Whether a file could be the mask of some image: among the others an unpaired one is no news."""
+    expression = _as_expression(posixpath.basename(pattern).replace("{stem}", "*"))
+    return re.fullmatch(expression, posixpath.basename(name)) is not None
+
+
+def _match(image: PurePosixPath, masks: Sequence[str], pattern: str) -> list[str]:
+    wanted = posixpath.normpath(pattern.replace("{dir}", str(image.parent)).replace("{stem}", image.stem))
+    expression = re.compile(_as_expression(wanted))
+    # `masks` is sorted: all that begin with the part before the first star stand together.
+    prefix = wanted.partition("*")[0]
+    first = bisect.bisect_left(masks, prefix)
+    found = []
+    for mask in masks[first:]:
+        if not mask.startswith(prefix):
+            break
+        if expression.fullmatch(mask):
+            found.append(mask)
+    return found
+
+
+def _as_expression(pattern: str) -> str:
+    suffix = r"\.[^./]+" if pattern.endswith(".*") else ""
+    return "[^/]*".join(map(re.escape, (pattern.removesuffix(".*") if suffix else pattern).split("*"))) + suffix

@@ -1,0 +1,25 @@
+"""SAM itself: checkpoints, the image encoder, and the batched prompt encoder and mask decoder."""
+
+from sam_cache.model.decoder import Masks
+from sam_cache.model.encoder import Encoder, load_encoder
+from sam_cache.model.frames import masks_to_image
+from sam_cache.model.sizes import SIZES, ModelSize, size_of
+from sam_cache.model.top import PARTS, Top, freeze, load_top, top_from_bytes, top_to_bytes
+from sam_cache.model.weights import fixed_weights
+
+__all__ = [
+    "PARTS",
+    "SIZES",
+    "Encoder",
+    "Masks",
+    "ModelSize",
+    "Top",
+    "fixed_weights",
+    "freeze",
+    "load_encoder",
+    "load_top",
+    "masks_to_image",
+    "size_of",
+    "top_from_bytes",
+    "top_to_bytes",
+]

@@ -1,0 +1,112 @@
+"""The frozen image encoder: uint8 pixels in, levels out."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from sam_cache.model.attention import run_block
+from sam_cache.model.checkpoints import State, load_state, own_fp32, state_digest
+from sam_cache.model.parts import build_image_encoder, part_of
+from sam_cache.model.sizes import ModelSize, size_of
+
+Normalise = Literal["sam", "imagenet", "minmax"]
+
+# Per channel, in grey levels (segment_anything/build_sam.py). They are ImageNet's mean and standard
+# deviation (.485 .456 .406 and .229 .224 .225) times 255, so `sam` and `imagenet` are one formula.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+class Encoder(nn.Module):
+    """SAM's image encoder with its preprocessing.
+
+    `vit` is upstream's module, so its parameters have upstream's names. The compute dtype is that
+    of the parameters: cast with `.to(torch.bfloat16)`. `levels` says what a call returns:
+    name -> (channels, rows, columns). `digest` is the sha256 of the weights as they were loaded.
+    """
+
+    def __init__(self, size: ModelSize, state: State, normalise: Normalise = "sam"):
+        super().__init__()
+        with torch.device("meta"):
+            self.vit = build_image_encoder(size)
+        self.vit.load_state_dict(own_fp32(_fit_positions(state, size)), assign=True)
+        self.size = size
+        self.normalise = normalise
+        self.digest = state_digest(state)
+
+    @property
+    def levels(self) -> dict[str, tuple[int, int, int]]:
+        return {"neck": (self.size.neck_channels, self.size.grid, self.size.grid)}
+
+    def forward(
+        self, pixels: UInt8[Tensor, "I 3 S S"], content_hw: Int[Tensor, "I 2"]
+    ) -> dict[str, Float[Tensor, "I C g g"]]:
+        """Encode images that were resized to the square input and padded right and below.
+
+        `content_hw` holds the rows and columns of each image that are not padding.
+        """
+        inputs = normalise_pixels(pixels, content_hw, self.normalise)
+        tokens = self.vit.patch_embed(inputs.to(self.vit.pos_embed.dtype)) + self.vit.pos_embed
+        for block in self.vit.blocks:
+            tokens = run_block(block, tokens)
+        return {"neck": self.vit.neck(tokens.permute(0, 3, 1, 2))}
+
+
+def load_encoder(
+    name: str, checkpoint: Path | None = None, input_size: int | None = None, normalise: Normalise = "sam"
+) -> Encoder:
+    """The encoder `name` in evaluation mode, without gradients, in fp32 on the CPU.
+
+    `checkpoint` is the official file; models without one (`nano`, `tiny`) have fixed-seed weights.
+    Another `input_size` than the model's own stretches the position tables.
+    Raises CheckpointError for a file that is not exactly this model, UsageError for a bad name or size.
+    """
+    size = size_of(name)
+    state = part_of(load_state(size, checkpoint), "image_encoder")
+    return Encoder(size.at(input_size), state, normalise).eval().requires_grad_(False)
+
+
+def normalise_pixels(
+    pixels: UInt8[Tensor, "I 3 S S"], content_hw: Int[Tensor, "I 2"], normalise: Normalise
+) -> Float[Tensor, "I 3 S S"]:
+    """Normalise in fp32, then set the padding to zero: upstream pads what is already normalised.
+
+    `minmax` maps each image's own range to [0, 1] (MedSAM, pre_CT_MR.py).
+    """
+    side = torch.arange(pixels.shape[-1], device=pixels.device)
+    rows, columns = (side < content_hw[:, axis, None].to(pixels.device) for axis in (0, 1))
+    padding = ~(rows[:, None, :, None] & columns[:, None, None, :])
+    values = pixels.float()
+    if normalise == "minmax":
+        low = values.masked_fill(padding, torch.inf).amin((1, 2, 3), keepdim=True)
+        high = values.masked_fill(padding, -torch.inf).amax((1, 2, 3), keepdim=True)
+        values = (values - low) / (high - low).clamp(min=1e-8)
+    else:
+        mean, std = values.new_tensor([MEAN, STD])[:, :, None, None]
+        values = (values - mean) / std
+    return values.masked_fill(padding, 0.0)
+
+
+def _fit_positions(state: State, size: ModelSize) -> State:
+    """Stretch the absolute positions, and the relative ones of global blocks, to the size's grid.
+
+    Bicubic for the absolute table, as timm resamples ViTs (timm/layers/pos_embed.py); linear for
+    the relative ones, as upstream's `get_rel_pos` would at every call. Nothing changes at the
+    model's own input size.
+    """
+    if state["pos_embed"].shape[1] == size.grid:
+        return state
+    fitted = dict(state)
+    table = state["pos_embed"].permute(0, 3, 1, 2).float()
+    table = F.interpolate(table, (size.grid, size.grid), mode="bicubic", antialias=True)
+    fitted["pos_embed"] = table.permute(0, 2, 3, 1)
+    for block in size.global_blocks:
+        for axis in "hw":
+            key = f"blocks.{block}.attn.rel_pos_{axis}"
+            table = state[key].float().T[None]
+            fitted[key] = F.interpolate(table, 2 * size.grid - 1, mode="linear")[0].T
+    return fitted

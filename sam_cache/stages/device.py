@@ -1,0 +1,24 @@
+"""Which device a stage computes on, and in what precision."""
+
+import torch
+
+from sam_cache.errors import UsageError
+from sam_cache.ranks import Ranks
+
+
+def pick_device(asked: str | None, ranks: Ranks) -> torch.device:
+    """The device asked for, else cuda where there is one, else cpu; each local rank has its own GPU."""
+    kind = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this machine has no CUDA device; use --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this machine has no Metal device; use --device cpu")
+    return torch.device(kind, ranks.local) if kind == "cuda" else torch.device(kind)
+
+
+def pick_precision(asked: str | None, device: torch.device, flag: str) -> str:
+    """The precision asked for, else bf16 on cuda and fp32 elsewhere."""
+    precision = asked or ("bf16" if device.type == "cuda" else "fp32")
+    if precision == "fp16" and device.type == "cpu":
+        raise UsageError(f"{flag} fp16: a CPU computes in fp32 or bf16")
+    return precision

@@ -1,0 +1,1 @@
+"""Describe a store: identity, rows, objects, bytes."""

@@ -1,0 +1,119 @@
+"""An evaluation for people and for COCO's tools: table, overlays, ground truth and detections."""
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sam_cache.data import mask_to_rle
+from sam_cache.pictures import comparison, draw_overlay
+from sam_cache.stages.cached_data import CachedData
+from sam_cache.stages.scoring import Answer
+
+MOST_SHOWN = 24  # objects in one overlay; more hide the image
+
+
+def print_report(report: dict) -> None:
+    """The summary as a table: means over objects, with 95% bootstrap intervals over images."""
+    tuned = "tuned" in report
+    table = Table(
+        title=f"{report['rows']['which']} rows: {report['rows']['count']} images", title_justify="left"
+    )
+    for column in ("prompt", "size", "objects"):
+        table.add_column(column, justify="right" if column == "objects" else "left")
+    names = ["untouched", "tuned"] if tuned else ["untouched"]
+    for name in names:
+        table.add_column(f"{name} IoU", justify="right")
+        table.add_column("Dice", justify="right")
+        table.add_column("boundary", justify="right")
+    if tuned:
+        table.add_column("IoU gain [95%]", justify="right")
+    for kind, sizes in report["untouched"].items():
+        for size, found in sizes.items():
+            cells = [kind if size == "all" else "", size, str(found["objects"])]
+            for name in names:
+                scores = report[name][kind][size]
+                cells += [f"{scores[key]['mean']:.3f}" for key in ("iou", "dice", "boundary_iou")]
+            if tuned:
+                gain = report["gain"][kind][size]["iou"]
+                cells.append(f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+            table.add_row(*cells, end_section=size == list(sizes)[-1])
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    for kind, by_name in report.get("average_precision", {}).items():
+        values = ", ".join(f"{name} {ap['AP']:.3f} (AP50 {ap['AP50']:.3f})" for name, ap in by_name.items())
+        console.print(f"mask AP, {kind} prompts: {values}", highlight=False)
+
+
+def to_detection(answer: Answer, network: str, data: CachedData) -> dict:
+    """The answer as a COCO detection; a prompted object's category is known."""
+    mask = answer.masks[network]
+    return {
+        "image_id": answer.scores[network].image,
+        "category_id": int(data.objects["category"][answer.object]),
+        "segmentation": {"size": list(mask.shape), "counts": mask_to_rle(mask)},
+        "score": answer.scores[network].predicted_iou,
+    }
+
+
+def ground_truth(data: CachedData, rows: np.ndarray) -> dict:
+    """The objects of `rows` as COCO ground truth, crowds included as regions to ignore."""
+    images, objects = data.store.images, data.objects
+    number_of = {int(row): number for number, row in enumerate(images.rows)}
+    chosen = np.flatnonzero(np.isin(objects["row"], rows))
+    return {
+        "images": [_image(images, number_of[int(row)]) for row in rows],
+        "categories": data.store.object_attributes("main")["categories"],
+        "annotations": [_annotation(data, int(index), number_of) for index in chosen],
+    }
+
+
+def _image(images, number: int) -> dict:
+    return {
+        "id": int(images.ids[number]),
+        "height": int(images.heights[number]),
+        "width": int(images.widths[number]),
+        "neg_category_ids": [],
+        "not_exhaustive_category_ids": [],
+    }
+
+
+def _annotation(data: CachedData, index: int, number_of: dict[int, int]) -> dict:
+    images, objects = data.store.images, data.objects
+    number = number_of[int(objects["row"][index])]
+    return {
+        "id": index + 1,
+        "image_id": int(images.ids[number]),
+        "category_id": int(objects["category"][index]),
+        "bbox": objects["box_xywh_image"][index].tolist(),
+        "area": float(objects["area"][index]),
+        "iscrowd": int(objects["iscrowd"][index]),
+        "segmentation": {
+            "size": [int(images.heights[number]), int(images.widths[number])],
+            "counts": objects["rle"][index],
+        },
+    }
+
+
+def draw_answers(image: np.ndarray, answers: list[Answer]) -> np.ndarray:
+    """Prompts, truth and answers on one image, side by side."""
+    geometry = answers[0].geometry
+    answers = sorted(answers, key=lambda answer: -answer.truth.sum())[:MOST_SHOWN]
+    points = np.concatenate([geometry.points_to_image(a.prompt.points_xy_input.numpy()) for a in answers])
+    boxes = [
+        geometry.boxes_to_image(a.prompt.boxes_xyxy_input.numpy()) for a in answers if a.prompt.has_box[0]
+    ]
+    prompts = {
+        "points_xy_image": points,
+        "labels": np.concatenate([a.prompt.labels.numpy() for a in answers]),
+        "boxes_xyxy_image": np.concatenate(boxes) if boxes else None,
+    }
+    masks = {name: [a.masks[name] for a in answers] for name in answers[0].masks}
+    ious = {name: float(np.mean([a.scores[name].iou for a in answers])) for name in masks}
+    if "tuned" not in masks:
+        title = f"untouched SAM, IoU {ious['untouched']:.3f}"
+        return draw_overlay(image, masks["untouched"], **prompts, title=title)
+    truth = [a.truth for a in answers]
+    return comparison(
+        image, truth, masks["untouched"], masks["tuned"], **prompts,
+        untouched_iou=ious["untouched"], tuned_iou=ious["tuned"],
+    )  # fmt: skip

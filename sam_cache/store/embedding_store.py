@@ -1,0 +1,273 @@
+"""The store as the rest of the house sees it."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from sam_cache.errors import StoreError
+from sam_cache.store import durable
+from sam_cache.store.columns import Table, concatenate, read_attributes, read_table
+from sam_cache.store.images import ImageTable
+from sam_cache.store.ledger import (
+    COMPACT,
+    changed,
+    damage,
+    read_compact,
+    read_ledger,
+    read_record,
+    record_name,
+    refusal,
+    write_compact,
+)
+from sam_cache.store.prepare import MAIN, create, grow, replace_objects
+from sam_cache.store.reader import RowReader
+from sam_cache.store.row_index import ABSENT, RowIndex
+from sam_cache.store.spec import FORMAT, Shard, StoreSpec
+from sam_cache.store.writer import ShardBusy, ShardWriter, discard_partial, locked_journal
+from sam_cache.types import ImageRecord
+
+Prepare = Callable[[Sequence[ImageRecord]], Table]
+
+
+class EmbeddingStore:
+    """Embeddings of a list of images, with their objects and the weights to train from them.
+
+    Made by `create_or_resume`, read by `open`. One row is one image; rows stand in dataset
+    order, `shard_rows` to a shard.
+    """
+
+    def __init__(self, path: Path):
+        """For `open`, which has a look at `path` first."""
+        self.path = path
+        self._ledger = read_ledger(path)
+        if 0 not in self._ledger.prepares:
+            raise damage(path, f"ledger/{record_name('prepare', 0)} is missing")
+        self._check("zarr.json")
+        metadata = json.loads((path / "zarr.json").read_bytes())["attributes"]["samcache"]
+        self.spec = StoreSpec.from_json(metadata["identity"])
+        self.recorded: dict = metadata["recorded"]
+        self.images = self._read_images()
+        self._shards = self._ledger.list_shards(self.spec.shard_rows)
+        self._index = RowIndex(self.spec.levels, len(self._shards), self.spec.shard_rows)
+        self._index.states[self.images.rows] = ABSENT
+        self._compact_file = _signature(path / "ledger" / COMPACT)
+        for record in self._ledger.shards.values():
+            self._take(record)
+        self._ledger.shards.clear()  # the index holds what they say, in a fraction of the memory
+
+    @classmethod
+    def open(cls, path: Path | str) -> "EmbeddingStore":
+        """Open an existing store; DamageError if what opening reads is not what was committed.
+
+        Raises StoreError when there is no store, when `path` is something else, or when a newer
+        samcache wrote it.
+        """
+        path = Path(path)
+        expect_store(path)
+        return cls(path)
+
+    @classmethod
+    def create_or_resume(
+        cls,
+        path: Path | str,
+        spec: StoreSpec,
+        records: Sequence[ImageRecord],
+        prepare: Prepare,
+        base: bytes,
+        recorded: dict,
+        object_attributes: dict,
+    ) -> "EmbeddingStore":
+        """Open the store for `records`, making or growing it first where needed.
+
+        `prepare(records)` computes the columns of object set `main` for images that the store
+        does not know yet; its column `row` counts from 0 within those images. `base` is opaque,
+        `recorded` is kept but never compared. A longer list than the store's appends shards; a
+        prefix of it changes nothing. Raises StoreError when `path` is no store, or a store of
+        another identity or other images; then nothing is touched.
+        """
+        path = Path(path)
+        if not path.exists():
+            durable.make_folders(path.parent)
+            with durable.locked(path.with_name(f".{path.name}.lock")):
+                if not path.exists():
+                    create(path, spec, records, prepare(records), base, recorded, object_attributes)
+                path.with_name(f".{path.name}.lock").unlink()
+        store = cls._open_same(path, spec, records)
+        if len(records) > len(store.images):
+            with store._locked():
+                store = cls._open_same(path, spec, records)  # another process may have grown it
+                if new := records[len(store.images) :]:
+                    grow(path, spec, store._ledger, new, prepare(new), object_attributes)
+            store = cls._open_same(path, spec, records)
+        return store
+
+    @property
+    def base(self) -> bytes:
+        self._check("base/")
+        return zarr.open_array(self.path / "base" / "weights", mode="r")[:].tobytes()
+
+    def object_sets(self) -> list[str]:
+        return self._ledger.object_sets()
+
+    def objects(self, name: str = MAIN) -> Table:
+        """The columns of an object set; `row` is the row of the object's image."""
+        return concatenate([read_table(self.path / part) for part in self._parts(name)])
+
+    def object_attributes(self, name: str = MAIN) -> dict:
+        return read_attributes(self.path / self._parts(name)[-1])
+
+    def set_objects(self, name: str, table: Table, attributes: dict) -> None:
+        """Add or replace object set `name` as a whole; `row` in `table` is a row of the store."""
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise StoreError(f"{self.path}: object set {name!r}: use letters, digits, - and _ only")
+        with self._locked():
+            self._ledger = read_ledger(self.path)
+            replace_objects(self.path, self._ledger, name, table, attributes)
+            self._ledger = read_ledger(self.path)
+            self._ledger.shards.clear()
+
+    @property
+    def row_states(self) -> np.ndarray:
+        """ABSENT, OK, FAILED or HOLE for every row, as uint8."""
+        return self._index.states[: self._ledger.rows].copy()
+
+    @property
+    def content_hashes(self) -> np.ndarray:
+        """Every row's image file as sha256 in hex (`S64`); empty where the row is not ok."""
+        return self._index.contents[: self._ledger.rows].copy()
+
+    def failures(self) -> list[tuple[int, str]]:
+        """(row, reason) of every failed row."""
+        return sorted(self._index.failures.items())
+
+    def bytes_on_disk(self) -> dict[str, int]:
+        """Bytes of the committed shard files of each level."""
+        return {name: int(sizes.sum()) for name, sizes in self._index.file_sizes.items()}
+
+    def shards(self) -> list[Shard]:
+        return self._shards
+
+    def committed(self, shard: Shard) -> bool:
+        """Whether the ledger has the shard; what other processes have committed meanwhile counts."""
+        if shard.index not in self._index.committed:
+            self._refresh(shard.index)
+        return shard.index in self._index.committed
+
+    def uncommitted(self) -> list[Shard]:
+        return [shard for shard in self._shards if not self.committed(shard)]
+
+    @contextmanager
+    def writing(self, shard: Shard) -> Iterator[ShardWriter]:
+        """Write one shard: it is committed when the block ends, and kept to go on when it raises.
+
+        Raises ShardBusy when another process writes it or has committed it: go on with the next.
+        """
+        with locked_journal(self.path, shard.index) as journal:
+            if self.committed(shard):
+                discard_partial(self.path, self.spec, shard.index)
+                raise ShardBusy(f"{self.path}: shard {shard.index} is committed already")
+            writer = ShardWriter(self.path, self.spec, self._digest, shard, journal)
+            try:
+                yield writer
+                self._index.add(writer.finish())
+            finally:
+                writer.close()
+
+    def compact(self) -> None:
+        """Gather all shard records into one file, and sweep up after committed shards."""
+        with self._locked():
+            shards = read_ledger(self.path).shards
+            write_compact(self.path, shards)
+            self._compact_file = _signature(self.path / "ledger" / COMPACT)
+            for index, record in shards.items():
+                (self.path / "ledger" / record_name("shard", index)).unlink(missing_ok=True)
+                self._take(record)
+        for journal in (self.path / "ledger" / "partial").glob("shard-*.journal"):
+            index = int(journal.stem.removeprefix("shard-"))
+            if index in self._index.committed:
+                with suppress(ShardBusy), locked_journal(self.path, index):
+                    discard_partial(self.path, self.spec, index)
+
+    def reader(self, levels: Sequence[str] = ("neck",)) -> RowReader:
+        return RowReader(self.path, self.spec, self._index, levels)
+
+    @property
+    def _digest(self) -> str:
+        """Ties shard records to this store: a record of another one is refused."""
+        return self._ledger.prepares[0]["digest"]
+
+    @classmethod
+    def _open_same(cls, path: Path, spec: StoreSpec, records: Sequence[ImageRecord]) -> "EmbeddingStore":
+        store = cls.open(path)
+        differences = store.spec.differences(spec) + store.images.differences(records)
+        if differences:
+            raise StoreError(
+                f"{path}: made for something else (store != now): {'; '.join(differences)}; "
+                "choose another --store, or delete this one"
+            )
+        return store
+
+    def _locked(self):
+        return durable.locked(self.path / "ledger" / "lock")
+
+    def _check(self, *prefixes: str) -> None:
+        files = {name: entry for name, entry in self._ledger.files().items() if name.startswith(prefixes)}
+        for what in changed(self.path, files):
+            raise damage(self.path, what)
+
+    def _read_images(self) -> ImageTable:
+        self._check("images/")
+        segments = sorted(self._ledger.prepares)
+        return ImageTable.from_columns(
+            concatenate([read_table(self.path / "images" / str(segment)) for segment in segments])
+        )
+
+    def _parts(self, name: str) -> list[str]:
+        if name not in self.object_sets():
+            raise StoreError(f"{self.path}: it has no object set {name!r}, only {', '.join(self.object_sets())}")
+        parts = self._ledger.parts(name)
+        self._check(*(f"{part}/" for part in parts))
+        return parts
+
+    def _take(self, record: dict) -> None:
+        if record["store"] != self._digest:
+            raise damage(self.path, f"ledger/{record_name('shard', record['key'])} is of another store")
+        if record["key"] < len(self._shards):  # else another process has grown the store meanwhile
+            self._index.add(record)
+
+    def _refresh(self, shard: int) -> None:
+        """Take in what other processes have recorded since: this shard's record, or a compaction."""
+        folder = self.path / "ledger"
+        if record := read_record(folder / record_name("shard", shard), refusal(self.path)):
+            self._take(record)
+        elif (signature := _signature(folder / COMPACT)) != self._compact_file:
+            self._compact_file = signature
+            for record in read_compact(self.path, refusal(self.path)):
+                self._take(record)
+
+
+def expect_store(path: Path) -> None:
+    """StoreError, with the remedy, when `path` is no store that this version can read."""
+    if not path.exists():
+        raise StoreError(f"{path}: there is no store here; make one with `samcache embed --store {path}`")
+    metadata = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        metadata = json.loads((path / "zarr.json").read_bytes())["attributes"]["samcache"]
+    if not metadata and not (path / "ledger" / record_name("prepare", 0)).exists():
+        raise StoreError(f"{path}: this is not a samcache store; choose another --store")
+    if metadata and metadata.get("format", 0) > FORMAT:
+        raise StoreError(
+            f"{path}: the store has format {metadata['format']}, this samcache reads up to {FORMAT}; upgrade samcache"
+        )
+
+
+def _signature(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -1,0 +1,195 @@
+"""Check a store: ledger against bytes against checksums. Needs nothing but its path."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from sam_cache.store import durable
+from sam_cache.store.embedding_store import EmbeddingStore, expect_store
+from sam_cache.store.layout import level_metadata, shard_path
+from sam_cache.store.ledger import Ledger, changed, read_ledger, read_record, record_name, write_compact
+from sam_cache.store.prepare import leftovers
+from sam_cache.store.row_index import FAILED, OK
+from sam_cache.store.shard_file import ShardFile, examine, read_row, row_checksum
+from sam_cache.store.spec import StoreSpec
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found. Only `damage` is damage.
+
+    `damaged_rows` are (level, row, file); each is in `damage` too, beside damage to whole files
+    and records. `uncommitted` shards wait for the next embed, which also takes in `orphans`:
+    whole shard files without a record. `leftovers` are what interrupted runs have left and later
+    ones use or remove. `repaired` shards were removed, to be embedded again.
+    """
+
+    store: str
+    damage: list[str] = field(default_factory=list)
+    damaged_rows: list[tuple[str, int, str]] = field(default_factory=list)
+    uncommitted: list[int] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    repaired: list[int] = field(default_factory=list)
+    shards: int = 0
+    rows_ok: int = 0
+    rows_failed: int = 0
+    files: int = 0
+    bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not self.damage
+
+    def to_json(self) -> dict:
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(store: EmbeddingStore | Path | str, progress: Progress | None = None, repair: bool = False) -> VerifyReport:
+    """Read every byte of a store and compare it with what the ledger committed.
+
+    `progress(done, total)` is called as bytes of shards have been read. With `repair` damaged
+    shards lose their record and files, and damaged records go, so that the next embed run makes
+    just these again; tables, metadata and base weights are beyond repair. Raises StoreError when
+    there is no store, or one of a newer format.
+    """
+    root = store.path if isinstance(store, EmbeddingStore) else Path(store)
+    expect_store(root)
+    report = VerifyReport(str(root))
+    placed = sorted(root.glob(shard_path("*", "*")))  # before the ledger: a record may follow its file
+    ledger = read_ledger(root, report.damage.append)
+    spec = _read_spec(root)
+    _check_files(root, ledger, spec, report)
+    bad = _check_shards(root, ledger, report, progress or (lambda done, total: None))
+    if spec:
+        bad |= _check_orphans(root, placed, ledger, spec, report)
+        shards = [shard.index for shard in ledger.list_shards(spec.shard_rows)]
+        report.uncommitted = [index for index in shards if index not in ledger.shards]
+    drafts = [*(root / "ledger" / "partial").iterdir(), *(root / "ledger").glob(".*.tmp")]
+    report.leftovers = leftovers(root, ledger) + sorted(_name(root, path) for path in drafts)
+    if repair and report.damage:
+        _repair(root, bad)
+        report.repaired = sorted(bad)
+    return report
+
+
+def _read_spec(root: Path) -> StoreSpec | None:
+    try:
+        metadata = json.loads((root / "zarr.json").read_bytes())
+        return StoreSpec.from_json(metadata["attributes"]["samcache"]["identity"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # damaged: reported with the other files
+
+
+def _check_files(root: Path, ledger: Ledger, spec: StoreSpec | None, report: VerifyReport) -> None:
+    if 0 not in ledger.prepares and not any(record_name("prepare", 0) in what for what in report.damage):
+        report.damage.append(f"ledger/{record_name('prepare', 0)} is missing")
+    files = ledger.files()
+    report.files += len(files)
+    report.bytes += sum(size for size, _ in files.values())
+    for what in changed(root, files):
+        name = what.split(" ")[0]
+        if not (spec and _interrupted_growth(root, ledger, spec, name)):
+            report.damage.append(what)
+
+
+def _interrupted_growth(root: Path, ledger: Ledger, spec: StoreSpec, name: str) -> bool:
+    """Whether `name` is a level's metadata, right but ahead of the ledger by one segment."""
+    level = name.removesuffix("/zarr.json")
+    if level not in spec.levels or not (root / "images" / str(len(ledger.prepares))).exists():
+        return False
+    try:
+        text = (root / name).read_bytes()
+        rows = json.loads(text)["shape"][0]
+        return rows > ledger.rows and text == level_metadata(spec.levels[level], rows, spec.shard_rows)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+
+
+def _check_shards(root: Path, ledger: Ledger, report: VerifyReport, progress: Progress) -> set[int]:
+    """Compare shard files with their records; returns the shards that are damaged."""
+    store_digest = ledger.prepares[0]["digest"] if 0 in ledger.prepares else None
+    files = [
+        (index, level, ShardFile.from_json(entry))
+        for index, record in sorted(ledger.shards.items())
+        for level, entry in record["levels"].items()
+    ]
+    total, done, bad = sum(file.size for *_, file in files), 0, set()
+    for index, level, file in files:
+        found = _check_shard(root, index, level, file, report)
+        if found:
+            bad.add(index)
+            report.damage += found
+        done += file.size
+        progress(done, total)
+    for index, record in sorted(ledger.shards.items()):
+        if store_digest and record["store"] != store_digest:
+            bad.add(index)
+            report.damage.append(f"ledger/{record_name('shard', index)} is of another store")
+    states = [state for record in ledger.shards.values() for state in record["states"]]
+    report.rows_ok, report.rows_failed = states.count(OK), states.count(FAILED)
+    report.shards, report.files, report.bytes = len(ledger.shards), report.files + len(files), report.bytes + total
+    return bad
+
+
+def _check_shard(root: Path, index: int, level: str, file: ShardFile, report: VerifyReport) -> list[str]:
+    name = shard_path(level, index)
+    if not (root / name).is_file():
+        return [f"{name} is missing"]
+    digest, found = hashlib.sha256(), []
+    with open(root / name, "rb") as stream:
+        written = [(extent, position) for position, extent in enumerate(file.extents) if extent]
+        for extent, position in sorted(written):
+            data = read_row(stream, extent.offset, extent.length, digest)
+            if row_checksum(data) != extent.checksum:
+                row = index * len(file.extents) + position
+                found.append(f"row {row} of level {level} in {name} does not match its checksum")
+                report.damaged_rows.append((level, row, name))
+        digest.update(stream.read())
+    if not found and digest.hexdigest() != file.sha256:
+        found.append(f"{name}: its rows are whole, but its index or what lies between them is not")
+    return found
+
+
+def _check_orphans(root: Path, placed: list[Path], ledger: Ledger, spec: StoreSpec, report: VerifyReport) -> set[int]:
+    """Look at shard files without a record; returns the shards of damaged ones."""
+    bad = set()
+    for path in placed:
+        name = _name(root, path)
+        index = int(name.split("/")[2])
+        if index in ledger.shards:
+            continue
+        report.orphans.append(name)
+        try:
+            examine(path, spec.shard_rows)
+        except ValueError as reason:
+            bad.add(index)
+            report.damage.append(f"{name} was never committed and is damaged: {reason}")
+    return bad
+
+
+def _repair(root: Path, bad: set[int]) -> None:
+    """Forget and remove damaged shards and records.
+
+    Records first: a kill in between leaves files without a record, which the next repair removes.
+    """
+    with durable.locked(root / "ledger" / "lock"):
+        found = read_ledger(root, lambda what: None).shards
+        write_compact(root, {index: record for index, record in found.items() if index not in bad})
+        for path in (root / "ledger").glob("shard-*.json"):
+            record = read_record(path, lambda what: None)
+            if record is None or record["key"] in found or path.name != record_name("shard", record["key"]):
+                path.unlink()
+        durable.fsync(root / "ledger")
+        for index in bad:
+            for path in root.glob(shard_path("*", str(index))):
+                path.unlink()
+                durable.fsync(path.parent)
+
+
+def _name(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()

@@ -1,0 +1,293 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.Image import Transpose
+from segment_anything.utils.transforms import ResizeLongestSide
+
+from sam_cache.data.crops import MaskCrop, crop_rle
+from sam_cache.data.decode import decode
+from sam_cache.data.geometry import Geometry
+from sam_cache.data.pixels import to_pixels
+from sam_cache.data.points import deterministic_points
+from sam_cache.data.prompts import KINDS, PromptChoice, keyed_generator, parse_prompts, sample_prompts
+from sam_cache.data.rle import mask_to_rle, measure_rle
+from sam_cache.data.targets import coverage
+from sam_cache.errors import UsageError
+from sam_cache.types import ImageRecord
+
+INPUT = 256
+POINT_KINDS = ["centroid", "bbox-center", "interior", "point", "point+4"]
+# EXIF orientation -> how a camera stores what is displayed upright
+STORED = {
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_90, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_270,
+}  # fmt: skip
+
+
+def object_columns(masks, ids):
+    rles = [mask_to_rle(mask) for mask in masks]
+    points = [deterministic_points(rle, *mask.shape) for rle, mask in zip(rles, masks, strict=True)]
+    boxes = [measure_rle(rle, *mask.shape)[0] for rle, mask in zip(rles, masks, strict=True)]
+    names = ("centroid_xy_image", "bbox_center_xy_image", "interior_xy_image")
+    return {
+        "id": np.array(ids, np.int64),
+        "box_xywh_image": np.array(boxes, np.float64).reshape(-1, 4),
+        **{name: np.array([getattr(p, name) for p in points], np.float64).reshape(-1, 2) for name in names},
+    }
+
+
+def ask(text, masks, geometry=None, *, ids=None, image_id=1, seed=0, epoch=0, training=False):
+    """Prompts for masks that are all of one image."""
+    columns = object_columns(masks, ids or range(len(masks)))
+    geometry = geometry or Geometry(*masks[0].shape, INPUT)
+    return sample_prompts(
+        parse_prompts(text), columns, [0] * len(masks), [image_id], [geometry],
+        lambda p: crop_rle(mask_to_rle(masks[p]), *masks[p].shape), seed=seed, epoch=epoch, training=training,
+    )  # fmt: skip
+
+
+def blob(height, width, seed=0):
+    """A bent, hollow, one-sided shape somewhere in the image, never empty."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    cy, cx = (random.uniform(0.2, 0.8) * side for side in (height, width))
+    radius = np.hypot((y - cy) / height, (x - cx) / width)
+    mask = (radius < 0.3) & (radius > 0.1) & ((x < cx) | (y < cy))
+    mask[int(cy) // 2, int(cx)] = True
+    return mask
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in vars(one))
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(POINT_KINDS),
+    st.integers(4, 255),
+    st.integers(4, 255),
+    st.sampled_from([32, 128, 512]),
+    st.sampled_from(["longest", "squash"]),
+    st.integers(1, 8),
+    st.integers(0, 99),
+)
+def test_points_hit_their_own_pixel_in_the_input(kind, height, width, size, fit, orientation, seed):
+    """From a file with an EXIF orientation to the encoder's pixels: each pixel says in its colour where it is."""
+    mask = blob(height, width, seed)
+    rows, columns = np.mgrid[:height, :width]
+    shown = Image.fromarray(np.stack([columns, rows, 255 * mask], axis=2).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    (shown.transpose(STORED[orientation]) if orientation > 1 else shown).save(file, "PNG", exif=exif)
+    image = decode(file.getvalue(), ImageRecord(1, "turned.png", height, width)).image
+
+    geometry = Geometry(*image.shape[:2], size, fit)
+    pixels = to_pixels(image, geometry)
+    inside = coverage(crop_rle(mask_to_rle(mask), height, width), geometry, size)
+    prompts = ask(kind, [mask], geometry, seed=seed)
+    assert prompts.labels.all()
+    for x, y in prompts.points_xy_input.double().tolist():
+        column, row = int(x + 1e-4), int(y + 1e-4)  # coordinates are float32: 3 may come as 2.9999998
+        assert inside[row, column] > 1e-6
+        back_x, back_y = geometry.points_to_image(np.array([x, y]))
+        assert mask[round(back_y), round(back_x)]
+        # Half an input pixel and half an image pixel between corners and centres, and the rounding of colours.
+        assert abs(int(pixels[row, column, 0]) - back_x) <= 0.5 + 0.5 / geometry.scale_x + 0.51
+        assert abs(int(pixels[row, column, 1]) - back_y) <= 0.5 + 0.5 / geometry.scale_y + 0.51
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["longest", "squash"]), st.integers(0, 99))
+def test_boxes_enclose_their_object_tightly_in_the_input(height, width, fit, seed):
+    mask, geometry = blob(height, width, seed), Geometry(height, width, INPUT, fit)
+    prompts = ask("box", [mask], geometry, seed=seed)
+    x0, y0, x1, y1 = prompts.boxes_xyxy_input[0].tolist()
+    rows, columns = np.nonzero(coverage(crop_rle(mask_to_rle(mask), height, width), geometry, INPUT) > 1e-6)
+    assert prompts.has_box.all()
+    assert np.array([columns.min(), rows.min()]) == pytest.approx(np.floor(np.array([x0, y0]) + 1e-3))
+    assert np.array([columns.max(), rows.max()]) + 1 == pytest.approx(np.ceil(np.array([x1, y1]) - 1e-3))
+
+
+def test_coordinates_are_what_sam_predictor_makes_of_them():
+    mask = blob(333, 500)
+    upstream, columns = ResizeLongestSide(INPUT), object_columns([mask], [0])
+    for kind in ("centroid", "bbox-center", "interior"):
+        point = columns[kind.replace("-", "_") + "_xy_image"]
+        expected = torch.as_tensor(upstream.apply_coords(point, mask.shape), dtype=torch.float)
+        assert torch.equal(ask(kind, [mask]).points_xy_input, expected)
+    x, y, w, h = columns["box_xywh_image"][0]
+    expected = torch.as_tensor(upstream.apply_boxes(np.array([x, y, x + w, y + h]), mask.shape), dtype=torch.float)
+    assert torch.equal(ask("box", [mask]).boxes_xyxy_input, expected)
+
+
+def test_a_batch_is_its_objects_one_by_one():
+    """Chance belongs to the object: neither its place in the batch nor its company matters."""
+    geometries, image_ids = [Geometry(60, 80, INPUT), Geometry(90, 40, INPUT)], [7, 2**63 - 1]
+    image_index = [1, 0, 0, 1, 0, 1, 1, 0] * 4
+    sizes = [(geometries[image].height, geometries[image].width) for image in image_index]
+    masks = [blob(*size, seed) for seed, size in enumerate(sizes)]
+    columns = object_columns(masks, range(len(masks)))
+    crops = [crop_rle(mask_to_rle(mask), *mask.shape) for mask in masks]
+    mixture = parse_prompts("box,point,point+3-2,interior,none")
+    key = {"seed": 3, "epoch": 5, "training": True}
+    together = sample_prompts(mixture, columns, image_index, image_ids, geometries, crops.__getitem__, **key)
+    assert set(together.kind.tolist()) == {KINDS.index(kind) for kind in ("box", "point", "interior", "none")}
+    for p, image in enumerate(image_index):
+        row = {name: column[p : p + 1] for name, column in columns.items()}
+        alone = sample_prompts(
+            mixture, row, [0], [image_ids[image]], [geometries[image]], lambda _, p=p: crops[p], **key
+        )
+        expected = together.select(torch.tensor([p]))
+        assert expected.image_index.item() == image
+        expected.image_index.zero_()
+        assert same(alone, expected)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"image_id": 2}, {"ids": [1]}])
+def test_every_part_of_the_key_counts(change):
+    mask = np.ones((60, 80), bool)
+    assert same(ask("point+3", [mask]), ask("point+3", [mask]))
+    assert not same(ask("point+3", [mask]), ask("point+3", [mask], **change))
+
+
+def test_keys_of_any_sign_and_size_are_different_streams():
+    keys = [(0, 0, 0, 0), (-1, 0, 0, 0), (0, -1, 0, 0), (0, 0, 0, -1), (2**64 - 2, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    assert len({keyed_generator(*key).random() for key in keys}) == len(keys)
+
+
+def test_kinds_are_drawn_by_weight():
+    prompts = ask("box:3,centroid", [np.ones((4, 4), bool)] * 1000)
+    assert (prompts.kind == KINDS.index("box")).float().mean().item() == pytest.approx(0.75, abs=0.04)
+
+
+def test_points_are_uniform_in_the_mask():
+    mask = np.zeros((5, 9), bool)
+    mask[1:3, 2:7] = True
+    prompts = ask("point", [mask] * 1000, Geometry(5, 9, 9))
+    pixels, counts = prompts.points_xy_input.int().unique(dim=0, return_counts=True)
+    assert {(x, y) for x, y in pixels.tolist()} == {(x, y) for y in (1, 2) for x in range(2, 7)}
+    assert counts.min() > 65
+    assert counts.max() < 135
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 99))
+def test_foreground_and_background_points_are_different_pixels_of_the_right_side(foreground, background, seed):
+    mask = blob(12, 10, seed)
+    geometry = Geometry(12, 10, 12)
+    prompts = ask(f"point+{foreground}-{background}", [mask], geometry, seed=seed)
+    x, y = prompts.points_xy_input.int().T.numpy()
+    labels = prompts.labels.numpy()
+    assert np.array_equal(mask[y, x], labels == 1)
+    assert len(set(zip(x, y, strict=True))) == len(labels)
+    assert np.sum(labels == 1) == min(foreground, mask.sum())
+    assert np.sum(labels == 0) == background
+
+
+def test_background_points_are_near_the_object():
+    mask = np.zeros((100, 100), bool)
+    mask[40:60, 30:60] = True
+    points = ask("point+1-20", [mask] * 5, Geometry(100, 100, 100)).points_xy_input
+    assert (points >= torch.tensor([27, 38])).all()
+    assert (points < torch.tensor([63, 62])).all()
+
+
+def test_background_points_come_from_anywhere_when_there_are_few_nearby():
+    mask = np.zeros((40, 40), bool)
+    mask[:, :20] = True  # enlarged by 10%, 80 pixels beside it
+    prompts = ask("point+1-100", [mask], Geometry(40, 40, 40))
+    assert (prompts.labels == 0).sum() == 100
+    assert prompts.points_xy_input[1:, 0].max() >= 22
+
+
+def test_a_mask_that_fills_the_image_has_no_background_and_a_small_one_few_points():
+    assert ask("point+9-3", [np.ones((2, 3), bool)]).labels.tolist() == [1] * 6
+
+
+def test_box_noise_is_small_inside_the_image_and_only_in_training():
+    masks = [blob(600, 800, seed) for seed in range(20)]
+    geometry = Geometry(600, 800, 1024)
+    tight, noisy = (ask("box", masks, geometry, training=training).boxes_xyxy_input for training in (False, True))
+    sides = (tight[:, 2:] - tight[:, :2]).repeat(1, 2)
+    moved = (noisy - tight).abs()
+    assert (moved <= (0.1 * sides).clamp(max=20) + 1e-3).all()
+    assert moved.max() > 15
+    assert same(ask("box", masks, geometry, epoch=0), ask("box", masks, geometry, epoch=1))
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from(["longest", "squash"]), st.integers(0, 9))
+def test_noisy_boxes_stay_boxes_within_the_image(height, width, fit, seed):
+    corner, whole = np.zeros((height, width), bool), np.ones((height, width), bool)
+    corner[-1, -1] = True
+    geometry = Geometry(height, width, INPUT, fit)
+    boxes = ask("box", [corner, whole], geometry, seed=seed, training=True).boxes_xyxy_input
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert boxes.min() >= 0
+    assert (boxes <= torch.tensor([geometry.content_width, geometry.content_height]).repeat(2)).all()
+
+
+def test_none_says_nothing_and_only_points_look_at_the_mask():
+    def no_crop(p: int) -> MaskCrop:
+        raise AssertionError("the mask is not needed")
+
+    mask = blob(40, 50)
+    for kind in set(KINDS) - {"point"}:
+        prompts = sample_prompts(
+            parse_prompts(kind), object_columns([mask], [0]), [0], [1], [Geometry(40, 50, INPUT)], no_crop,
+            seed=0, training=True,
+        )  # fmt: skip
+        assert prompts.kind.tolist() == [KINDS.index(kind)]
+        assert len(prompts.labels) == (kind not in ("box", "none"))
+        assert prompts.has_box.tolist() == [kind == "box"]
+
+
+def test_no_objects_are_no_prompts():
+    prompts = sample_prompts(
+        parse_prompts("box,point"), object_columns([], []), [], [], [], None, seed=0, training=True
+    )
+    assert len(prompts) == 0
+    assert prompts.offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [
+        ("box", [PromptChoice("box")]),
+        ("box:2,centroid", [PromptChoice("box", 2), PromptChoice("centroid")]),
+        ("point+3-1:.5, bbox-center", [PromptChoice("point", 0.5, 3, 1), PromptChoice("bbox-center")]),
+        ("point-2,none,interior", [PromptChoice("point", 1, 1, 2), PromptChoice("none"), PromptChoice("interior")]),
+    ],
+)
+def test_parsing(text, choices):
+    mixture = parse_prompts(text)
+    assert list(mixture.choices) == choices
+    assert parse_prompts(str(mixture)) == mixture
+    assert [kind.choices[0].weight for kind in mixture.kinds] == [1] * len(choices)
+    assert [str(kind) for kind in mixture.kinds] == [part.strip().split(":")[0] for part in text.split(",")]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("boxes", "did you mean box[?]"),
+        ("bbox_center", "did you mean bbox-center[?]"),
+        ("box,Centroid", "prompt 'Centroid': .*did you mean centroid[?]"),
+        ("", "unknown kind"),
+        ("box,,point", "prompt '': unknown kind"),
+        ("points+3", "did you mean point[?]"),
+        ("box:heavy", "write KIND or KIND:WEIGHT"),
+        ("point(3)", "did you mean point[?]"),
+        ("point+", "write KIND or KIND:WEIGHT"),
+        ("box+2", "write box"),
+        ("box:0", "above 0"),
+        ("point+0-1", "above 0"),
+    ],
+)
+def test_what_is_not_a_prompt_is_a_usage_error_of_one_line(text, says):
+    with pytest.raises(UsageError, match=says) as error:
+        parse_prompts(text)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,110 @@
+import pytest
+import torch
+from segment_anything.modeling import Sam
+from segment_anything.modeling.image_encoder import get_rel_pos
+
+from sam_cache.errors import UsageError
+from sam_cache.model import SIZES, load_encoder
+from sam_cache.model.attention import run_block
+from sam_cache.model.encoder import normalise_pixels
+from sam_cache.model.parts import build_image_encoder, build_mask_decoder, build_prompt_encoder
+
+SIZE = SIZES["tiny"]
+
+
+@pytest.fixture
+def encoder(redraw):
+    encoder = load_encoder("tiny")
+    redraw(encoder, seed=5)
+    return encoder
+
+
+@pytest.fixture
+def pixels():
+    generator = torch.Generator().manual_seed(6)
+    return torch.randint(0, 256, (2, 3, SIZE.input_size, SIZE.input_size), generator=generator).byte()
+
+
+@pytest.fixture
+def upstream(encoder):
+    sam = Sam(build_image_encoder(SIZE), build_prompt_encoder(SIZE), build_mask_decoder(SIZE)).eval()
+    sam.image_encoder.load_state_dict(encoder.vit.state_dict())
+    return sam
+
+
+CONTENT = torch.tensor([[SIZE.input_size, 70], [33, SIZE.input_size]])
+
+
+@torch.no_grad()
+def encode_upstream(sam, pixels):
+    images = [image[:, :h, :w].float() for image, (h, w) in zip(pixels, CONTENT.tolist(), strict=True)]
+    return torch.cat([sam.image_encoder(sam.preprocess(image)[None]) for image in images])
+
+
+def test_batch_equals_upstream_image_by_image(encoder, upstream, pixels, relative):
+    levels = encoder(pixels, CONTENT)
+    assert {name: tuple(level.shape[1:]) for name, level in levels.items()} == encoder.levels
+    assert relative(levels["neck"], encode_upstream(upstream, pixels)) < 1e-5
+
+
+def test_swapped_relative_positions_are_seen(encoder, upstream, pixels, relative):
+    expected = encode_upstream(upstream, pixels)
+    for block in encoder.vit.blocks:
+        attention = block.attn
+        attention.rel_pos_h, attention.rel_pos_w = attention.rel_pos_w, attention.rel_pos_h
+    assert relative(encoder(pixels, CONTENT)["neck"], expected) > 1e-4
+
+
+@pytest.mark.parametrize("index", [0, 1])  # windowed with padding, global
+def test_fused_block_equals_upstream(encoder, index, relative):
+    for parameter in encoder.parameters():  # large weights make attention sharp, and errors visible
+        parameter.data *= 10
+    block = encoder.vit.blocks[index]
+    tokens = torch.randn(2, SIZE.grid, SIZE.grid, SIZE.width)
+    with torch.no_grad():
+        expected = block(tokens) - tokens
+        assert relative(run_block(block, tokens) - tokens, expected) < 1e-5
+
+
+def test_padding_is_zero_after_normalisation(pixels):
+    for normalise in ("sam", "imagenet", "minmax"):
+        values = normalise_pixels(pixels, CONTENT, normalise)
+        assert (values[0, :, :, 70:] == 0).all()
+        assert (values[1, :, 33:] == 0).all()
+    assert values[0, :, :, :70].aminmax() == (0.0, 1.0)
+
+
+def test_pixels_beyond_the_content_do_not_matter(encoder, pixels):
+    expected = encoder(pixels, CONTENT)["neck"]
+    pixels[0, :, :, 70:] = 255
+    assert torch.equal(encoder(pixels, CONTENT)["neck"], expected)
+
+
+def test_bf16_parameters_compute_in_bf16(encoder, pixels, relative):
+    expected = encoder(pixels, CONTENT)["neck"]
+    found = encoder.to(torch.bfloat16)(pixels, CONTENT)["neck"]
+    assert found.dtype == torch.bfloat16
+    assert relative(found.float(), expected) < 0.1
+
+
+def test_another_input_size_stretches_positions():
+    encoder = load_encoder("tiny", input_size=192)
+    own = load_encoder("tiny")
+    assert encoder.levels == {"neck": (SIZE.neck_channels, 12, 12)}
+    assert encoder.digest == own.digest
+    for axis in "hw":
+        key = f"blocks.1.attn.rel_pos_{axis}"
+        stretched = get_rel_pos(12, 12, own.vit.state_dict()[key])
+        torch.testing.assert_close(get_rel_pos(12, 12, encoder.vit.state_dict()[key]), stretched)
+    pixels = torch.zeros(1, 3, 192, 192, dtype=torch.uint8)
+    assert encoder(pixels, torch.tensor([[192, 192]]))["neck"].isfinite().all()
+    with pytest.raises(UsageError, match="multiple of 16"):
+        load_encoder("tiny", input_size=100)
+    with pytest.raises(UsageError, match="vit_b"):
+        load_encoder("vit_x")
+
+
+def test_encoder_is_frozen():
+    encoder = load_encoder("tiny")
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())

@@ -47,9 +47,7 @@ def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:
     soft = logits.sigmoid()
     overlap, total = (soft * targets).sum((1, 2)), soft.sum((1, 2)) + targets.sum((1, 2))
     dice = 1 - (2 * overlap + 1) / (total + 1)
-    return (
-        F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean((1, 2)).sum() + dice.sum()
-    )
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean((1, 2)).sum() + dice.sum()
 
 
 def decode_upstream(top: Top, neck: Tensor, prompts: Prompts, image: int) -> Tensor:
@@ -73,9 +71,7 @@ def step_upstream(top: Top, neck: Tensor, prompts: Prompts, targets: Tensor) -> 
 
 def step_upstream_images(top: Top, neck: Tensor, prompts: Prompts, targets: Tensor) -> None:
     for image in range(len(neck)):
-        mask_loss(
-            decode_upstream(top, neck, prompts, image), targets[prompts.image_index == image]
-        ).backward()
+        mask_loss(decode_upstream(top, neck, prompts, image), targets[prompts.image_index == image]).backward()
 
 
 def step_chunks(top: Top, neck: Tensor, prompts: Prompts, targets: Tensor, chunk: int) -> None:

@@ -87,6 +87,7 @@ class EmbedConfig(DeviceKnobs, DatasetKnobs):
     compute_dtype: Precision | None = Field(
         None, description="Encoder arithmetic. Default: bf16 on cuda, else fp32."
     )
+    input_size: Positive | None = Field(None, description="Side of the square input. Default: the model's, 1024.")
     fit: Literal["longest", "squash"] = Field(
         "longest", description="longest: keep the aspect ratio and pad; squash: fill the square."
     )

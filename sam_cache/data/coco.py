@@ -155,45 +155,48 @@ def dataset_of(
     if len(twice):
         raise DatasetError(f"{file}: image id {grouped[twice[0]]} occurs twice; give each image its own id")
 
-    ids, owners, problems = _read_owners(file, contents.annotations)
-    order = np.argsort(owners, kind="stable")  # positions in the file, grouped by image
-    owners = owners[order]
+    positions, ids, owners, problems = _read_owners(file, contents.annotations)
+    grouping = np.argsort(owners, kind="stable")
+    positions, ids, owners = positions[grouping], ids[grouping], owners[grouping]
     starts, stops = np.searchsorted(owners, image_ids, "left"), np.searchsorted(owners, image_ids, "right")
     strays = np.flatnonzero(~np.isin(owners, image_ids))
     if len(strays):
         problems.append(
             f"{file}: {len(strays)} annotations are of images that are not listed "
-            f"(the first: annotation {ids[order[strays[0]]]}, image {owners[strays[0]]})"
+            f"(for example annotation {ids[strays[0]]}, of image {owners[strays[0]]})"
         )
 
     def convert(number: int) -> tuple[list[ObjectRecord], list[str]]:
         image, objects, wrong = images[number], [], []
-        for position in order[starts[number] : stops[number]].tolist():
+        of_image = slice(starts[number], stops[number])
+        for position, id in zip(positions[of_image].tolist(), ids[of_image].tolist(), strict=True):
             try:
-                objects.append(_object_of(contents.annotations[position], int(ids[position]), image, categories))
+                objects.append(_object_of(contents.annotations[position], id, image, categories))
             except (DatasetError, msgspec.DecodeError) as error:
-                wrong.append(f"image {image.id} ({image.path}), annotation {ids[position]}: {error}")
+                wrong.append(f"image {image.id} ({image.path}), annotation {id}: {error}")
         return objects, wrong
 
     return Dataset(images, categories, lambda record: read_inside(folder, record.path), convert, notes, problems)
 
 
-def _read_owners(file: Path, annotations: list[msgspec.Raw]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Id and image id of each annotation, and what was wrong. Those of no readable image id get image -2**63."""
-    ids = np.zeros(len(annotations), np.int64)
-    owners = np.full(len(annotations), -(2**63), np.int64)
+def _read_owners(file: Path, annotations: list[msgspec.Raw]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Position in the file, id and image id of each annotation that has them; and what was wrong."""
+    ids, owners = np.zeros((2, len(annotations)), np.int64)
+    readable = np.ones(len(annotations), bool)
     problems = []
     for position, text in enumerate(annotations):
         try:
             owner = decode_owner(text)
             ids[position], owners[position] = owner.id, owner.image_id
         except msgspec.DecodeError as error:
+            readable[position] = False
             problems.append(f"{file}: annotation at position {position}: {error}")
+    positions, ids, owners = np.flatnonzero(readable), ids[readable], owners[readable]
     repeated = len(ids) - len(np.unique(ids))
     if repeated:
         problems.append(f"{file}: {repeated} annotation ids occur before; objects are numbered by position")
-        ids = np.arange(1, len(ids) + 1)
-    return ids, owners, problems
+        ids = positions + 1
+    return positions, ids, owners, problems
 
 
 def _object_of(text: msgspec.Raw, id: int, image: ImageRecord, categories: dict[int, str]) -> ObjectRecord:

@@ -19,7 +19,7 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "AVIF", "GIF", "BMP", "JPEG2000", "PPM
 
 ORIENTATION = 0x0112  # the EXIF tag
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # failures are raised here, not printed
+cv2.setLogLevel(0)  # failures are raised here, not printed
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ def decode(data: bytes, record: ImageRecord, intensity: str = "full") -> Decoded
     Raises ImageError: not an image, damaged, too large, or of another size than the record.
     """
     height, width, orientation = _read_header(data, record)
-    notes = _check_orientation(height, width, orientation, record)
-    if notes and notes[0].endswith("ignored"):
-        orientation = 1
+    orientation, notes = _choose_orientation(height, width, orientation, record)
     array = _decode_array(data, record)
     if array.shape[:2] != (height, width):
         raise ImageError(f"{record.path}: decodes to another size than its header says; save it again")
@@ -76,32 +74,31 @@ def _read_header(data: bytes, record: ImageRecord) -> tuple[int, int, int]:
     return height, width, orientation
 
 
-def _check_orientation(height: int, width: int, orientation: int, record: ImageRecord) -> list[str]:
-    """Whether the image fits its record as displayed, or else as stored; what to say about it."""
-    shown = (width, height) if orientation >= 5 else (height, width)
+def _choose_orientation(height: int, width: int, orientation: int, record: ImageRecord) -> tuple[int, list[str]]:
+    """The orientation to apply so that the image fits its record, displayed if it can be; what to say about it."""
+    stored, shown = (height, width), (width, height) if orientation >= 5 else (height, width)
     expected = (record.height, record.width)
-    if expected != (0, 0) and shown != expected and (height, width) != expected:
-        raise ImageError(
-            f"{record.path}: size {shown[1]}x{shown[0]} differs from {record.width}x{record.height} "
-            "in the annotation; correct the one that is wrong"
-        )
-    if orientation == 1:
-        return []
-    if expected == (0, 0):
-        return [f"exif orientation {orientation} applied"]
-    if shown != expected:
-        return [f"exif orientation {orientation} ignored"]
-    fits_both = (height, width) == shown
-    return [f"exif orientation {orientation} applied"] + ["exif ambiguous"] * fits_both
+    if expected == (0, 0) or shown == expected:
+        if orientation == 1:
+            return 1, []
+        ambiguous = stored == expected
+        return orientation, [f"exif orientation {orientation} applied"] + ["exif ambiguous"] * ambiguous
+    if stored == expected:
+        return 1, [f"exif orientation {orientation} ignored"]
+    raise ImageError(
+        f"{record.path}: size {shown[1]}x{shown[0]} differs from {record.width}x{record.height} "
+        "in the annotation; correct the one that is wrong"
+    )
 
 
 def _decode_array(data: bytes, record: ImageRecord) -> np.ndarray:
     """The stored pixels: OpenCV's array, or Pillow's in the same channel order where OpenCV has none.
 
     `imdecode` returns nothing for a truncated JPEG; `imread` would return a picture, half of it grey.
+    IMREAD_UNCHANGED also keeps it from turning the image by EXIF.
     """
     try:
-        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
         array = None
     if array is not None:

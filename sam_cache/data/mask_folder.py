@@ -69,7 +69,9 @@ def open_masks(
             try:
                 mask = _read_mask(masks, file)
                 if mask.shape != (record.height, record.width):
-                    raise DatasetError(f"size {mask.shape[1]}x{mask.shape[0]} differs from {record.width}x{record.height}")
+                    raise DatasetError(
+                        f"size {mask.shape[1]}x{mask.shape[0]} differs from {record.width}x{record.height}"
+                    )
                 found = _split_values(mask, foreground, void)
             except DatasetError as error:
                 wrong.append(f"mask {file}: {error}")
@@ -104,7 +106,7 @@ def _recognise(
             mask = _read_mask(masks, file)
         except DatasetError:
             continue  # it is reported when its objects are asked for
-        values.update(np.unique(mask).tolist())
+        values.update(_values_of(mask))
         if _is_nearly_binary(mask):
             raise DatasetError(
                 f"{masks / file}: grey levels near 0 and 255, neither binary nor class index (saved as JPEG?); "
@@ -129,11 +131,12 @@ def _shorten(values: Collection[int]) -> str:
 
 
 def _is_nearly_binary(mask: np.ndarray) -> bool:
-    """Binary once, then compressed or resized: nearly all pixels within 15 levels of 0 or 255, not all on them."""
+    """Binary once, then compressed or resized: many levels, and nearly all pixels within 15 of 0 or 255."""
     if mask.dtype != np.uint8:
         return False
     counts = np.bincount(mask.ravel(), minlength=256)
-    return counts[240:255].sum() > 0 and counts[:16].sum() + counts[240:].sum() > 0.9 * mask.size
+    near = counts[:16].sum() + counts[240:].sum()
+    return np.count_nonzero(counts) > 8 and counts[240:255].any() and near > 0.9 * mask.size
 
 
 def _read_size(masks: Path, file: str) -> tuple[int, int]:
@@ -164,9 +167,14 @@ def _read_mask(masks: Path, file: str) -> np.ndarray:
     return values
 
 
+def _values_of(mask: np.ndarray) -> set[int]:
+    values = np.unique(mask) if mask.dtype.itemsize > 2 else np.flatnonzero(np.bincount(mask.ravel()))
+    return set(values.tolist())
+
+
 def _split_values(mask: np.ndarray, foreground: int, void: frozenset[int]) -> list[tuple[int, np.ndarray]]:
     """(category, region) for each object value in the mask."""
-    values = set(np.unique(mask).tolist())
+    values = _values_of(mask)
     if foreground:
         if not values <= {0, foreground}:
             raise DatasetError(

@@ -9,19 +9,22 @@ from pathlib import Path, PurePosixPath
 
 from sam_cache.errors import DatasetError
 
-SUFFIXES = frozenset(".jpg .jpeg .png .tif .tiff .webp .avif .gif .bmp .jp2 .pgm .ppm .pbm".split())
+SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif", ".gif", ".bmp", ".jp2"}
+SUFFIXES |= {".pgm", ".ppm", ".pbm"}
 
 
-def list_images(root: Path) -> list[str]:
-    """Every image file below `root`, relative to it, with forward slashes, sorted."""
+def _list_files(root: Path) -> dict[str, str]:
+    """Every image file below `root`: its name relative to that, with forward slashes, and its whole path; sorted."""
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder")
-    return sorted(
-        Path(folder, name).relative_to(root).as_posix()
+    root = root.resolve()
+    files = {
+        Path(folder, name).relative_to(root).as_posix(): os.path.join(folder, name)
         for folder, _, names in os.walk(root)
         for name in names
-        if PurePosixPath(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    )
+        if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+    }
+    return dict(sorted(files.items()))
 
 
 def pair_masks(images: Sequence[str], masks: Sequence[str], pattern: str) -> list[list[str]]:
@@ -43,23 +46,21 @@ def pair_folders(images: Path, masks: Path, pattern: str) -> tuple[dict[str, lis
 
     What is the mask of one image is never itself an image, so both may share a folder.
     """
-    images, masks = images.resolve(), masks.resolve()
-    image_names, mask_names = list_images(images), list_images(masks)
-    found = {
-        image: [mask for mask in matches if masks / mask != images / image]
-        for image, matches in zip(image_names, pair_masks(image_names, mask_names, pattern), strict=True)
-    }
-    taken = {masks / mask for matches in found.values() for mask in matches}
-    found = {image: matches for image, matches in found.items() if images / image not in taken}
-    pairs = {image: matches for image, matches in found.items() if matches}
+    # Whole paths tell whether an image and a mask are one file; as text, for there may be a million.
+    image_files, mask_files = _list_files(images), _list_files(masks)
+    matches = zip(image_files, pair_masks(list(image_files), list(mask_files), pattern), strict=True)
+    found = {image: [mask for mask in group if mask_files[mask] != image_files[image]] for image, group in matches}
+    taken = {mask_files[mask] for group in found.values() for mask in group}
+    found = {image: group for image, group in found.items() if image_files[image] not in taken}
+    pairs = {image: group for image, group in found.items() if group}
     if not pairs:
         raise DatasetError(
-            f"{images}: none of its {len(image_names)} images has a mask called {pattern!r} in {masks}; "
+            f"{images}: none of its {len(image_files)} images has a mask called {pattern!r} in {masks}; "
             "give the right --mask-pattern"
         )
     lonely_images = [image for image in found if image not in pairs]
-    others = taken | {images / image for image in found}
-    lonely_masks = [mask for mask in mask_names if _may_be_mask(mask, pattern) and masks / mask not in others]
+    others = taken | {image_files[image] for image in found}
+    lonely_masks = [mask for mask, file in mask_files.items() if file not in others and _may_be_mask(mask, pattern)]
     notes = [
         f"{len(names)} {what}, left out: {', '.join(names)}"
         for what, names in (("images without a mask", lonely_images), ("masks without an image", lonely_masks))
@@ -95,13 +96,8 @@ def _match(image: PurePosixPath, masks: Sequence[str], pattern: str) -> list[str
     # `masks` is sorted: all that begin with the part before the first star stand together.
     prefix = wanted.partition("*")[0]
     first = bisect.bisect_left(masks, prefix)
-    found = []
-    for mask in masks[first:]:
-        if not mask.startswith(prefix):
-            break
-        if expression.fullmatch(mask):
-            found.append(mask)
-    return found
+    last = bisect.bisect_right(masks, prefix, key=lambda mask: mask[: len(prefix)])
+    return [mask for mask in masks[first:last] if expression.fullmatch(mask)]
 
 
 def _as_expression(pattern: str) -> str:

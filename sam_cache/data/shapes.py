@@ -21,7 +21,9 @@ class Outline:
     pen: float = 0.0
 
 
-def draw_outline(outline: Outline, center: np.ndarray, radius: float, angle: float, size: tuple[int, int]) -> np.ndarray:
+def draw_outline(
+    outline: Outline, center: np.ndarray, radius: float, angle: float, size: tuple[int, int]
+) -> np.ndarray:
     """Coverage (H, W), uint8 with soft edges, of an outline put in an image of `size` (H, W)."""
     turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     curves = [np.rint((curve @ turn + center) * 2**FRACTION_BITS).astype(np.int32) for curve in outline.curves]

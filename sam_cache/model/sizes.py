@@ -51,9 +51,7 @@ class ModelSize:
         if input_size is None:
             return self
         if input_size <= 0 or input_size % self.patch:
-            raise UsageError(
-                f"input size {input_size}: {self.name} needs a positive multiple of {self.patch}"
-            )
+            raise UsageError(f"input size {input_size}: {self.name} needs a positive multiple of {self.patch}")
         return replace(self, input_size=input_size)
 
 

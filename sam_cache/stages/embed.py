@@ -38,11 +38,10 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
     source = dataset or open_source(cfg)
     for note in source.notes:
         say(note)
-    size = size_of(cfg.model)
+    size = size_of(cfg.model).at(cfg.input_size)
     how = Preprocessing(size.input_size, cfg.fit, cfg.normalise, cfg.resize, cfg.intensity)
-    encoder = load_encoder(cfg.model, checkpoint_of(cfg), normalise=cfg.normalise).to(
-        device, DTYPES[precision]
-    )
+    encoder = load_encoder(cfg.model, checkpoint_of(cfg), cfg.input_size, cfg.normalise)
+    encoder.to(device, DTYPES[precision])
     if not size.checkpoint:
         say(f"{cfg.model}: {size.origin}; no pretrained knowledge is in them")
     store = open_store(cfg, source, encoder, how, precision, recorded(cfg, dataset is None))
@@ -100,7 +99,7 @@ def open_store(
             return object_columns(dataset, ((first + row, row) for row in range(len(records))), bar.advance)
 
     categories = [{"id": id, "name": name} for id, name in sorted(dataset.categories.items())]
-    base = top_to_bytes(load_top(cfg.model, checkpoint_of(cfg)))
+    base = top_to_bytes(load_top(cfg.model, checkpoint_of(cfg), cfg.input_size))
     return EmbeddingStore.create_or_resume(
         cfg.store, spec, dataset.images, prepare, base, recorded, {"categories": categories}
     )

@@ -53,6 +53,10 @@ class Bar:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
+    def show(self, done: int, total: int) -> None:
+        """Set how much of how much is done, for work that counts by itself."""
+        self._bar.update(self._task, completed=done, total=total)
+
     def advance(self, count: int = 1, note: str = "") -> None:
         self._bar.update(self._task, advance=count, **({"note": note} if note else {}))
 

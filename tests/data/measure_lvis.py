@@ -1,7 +1,7 @@
 """Peak memory of opening a file as large as lvis_v1_train.json and converting every object of it.
 
     python tests/data/measure_lvis.py            # 1.27 million annotations, 1.1 GB
-    python tests/data/measure_lvis.py --scale 0.025
+    python tests/data/measure_lvis.py --scale 0.0125
 
 Writes the file, with the fields and lengths of the real one, to a temporary folder, opens it in a
 fresh process, prints the measurement as JSON, and deletes the file.

@@ -57,6 +57,13 @@ def test_points_equal_their_definitions(mask):
         assert found == min(pixels_of(mask), key=lambda pixel: square_distance(pixel, plain))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_interior_is_exact_where_a_chamfer_distance_is_not(seed):
+    mask = np.ones((26, 26), bool)
+    mask[tuple(np.random.default_rng(seed).integers(0, 26, (2, 4)))] = False
+    assert points_of(mask).interior_xy_image == plain_points(mask)[2]
+
+
 @given(MASKS)
 def test_a_crop_is_the_mask_in_its_tight_box(mask):
     crop = crop_rle(mask_to_rle(mask), *mask.shape)

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.Image import Transpose
@@ -66,7 +66,6 @@ def same(one, other):
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in vars(one))
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(POINT_KINDS),
     st.integers(4, 255),

@@ -6,6 +6,7 @@ Commands are made from the config models: one field, one flag. Stages are import
 
 import importlib.metadata
 import inspect
+import os
 import sys
 import types
 import typing
@@ -17,6 +18,9 @@ import typer
 
 from sam_cache import __version__, config, recipe
 from sam_cache.errors import SamcacheError, UsageError
+
+# Damaged images are reported by name at the end; OpenCV's own lines would tear the progress bar.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 app = typer.Typer(
     name="samcache",
@@ -40,9 +44,7 @@ def _parameter(name: str, field: Any) -> inspect.Parameter:
     declarations = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
     if kind not in (str, int, float, bool, Path) and typing.get_origin(kind) is not Literal:
         kind = str  # tuples are written with commas; the config model splits them
-    option = typer.Option(
-        *declarations, help=field.description + ("" if kind is bool else default), show_default=False
-    )
+    option = typer.Option(*declarations, help=field.description + ("" if kind is bool else default), show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
@@ -54,11 +56,7 @@ def _shown(value: Any) -> str:
 
 def _command(model: type[config.StageConfig], run: Callable[[Any], int | None]) -> Callable[..., None]:
     def command(**options: Any) -> None:
-        given = {
-            model.model_fields[name].alias or name: value
-            for name, value in options.items()
-            if value is not None
-        }
+        given = {model.model_fields[name].alias or name: value for name, value in options.items() if value is not None}
         raise typer.Exit(run(config.resolve(model, given, "command line")) or 0)
 
     parameters = [_parameter(name, field) for name, field in model.model_fields.items()]
@@ -98,9 +96,7 @@ def run_recipe(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        versions = [
-            f"{package} {importlib.metadata.version(package)}" for package in ("torch", "zarr", "numpy")
-        ]
+        versions = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", "zarr", "numpy")]
         typer.echo(f"samcache {__version__} (python {sys.version.split()[0]}, {', '.join(versions)})")
         raise typer.Exit()
 

@@ -77,16 +77,12 @@ def find(name: str) -> Path:
     if "/" in name or name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
-            raise UsageError(
-                f"{name}: no such recipe file; a packaged recipe is named without slash and .toml"
-            )
+            raise UsageError(f"{name}: no such recipe file; a packaged recipe is named without slash and .toml")
         return path
     folders = [Path(str(files("sam_cache") / "pipelines")), Path(__file__).resolve().parents[1] / "pipelines"]
     packaged = {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
     if name not in packaged:
-        raise UsageError(
-            f"no recipe {name!r}; packaged are {', '.join(sorted(packaged))}; a file is named by its path"
-        )
+        raise UsageError(f"no recipe {name!r}; packaged are {', '.join(sorted(packaged))}; a file is named by its path")
     return packaged[name]
 
 
@@ -101,9 +97,7 @@ def plan(path: Path, root: Path | None, settings: list[str]) -> list[tuple[Stage
         raise UsageError(f"{path}: unknown stage [{unknown[0]}]; stages are {', '.join(STAGES)}")
     for name, key, value in map(_parse_setting, settings):
         if name not in tables:
-            raise UsageError(
-                f"--set {name}.{key}: {path.name} has no stage [{name}]; it has {', '.join(tables)}"
-            )
+            raise UsageError(f"--set {name}.{key}: {path.name} has no stage [{name}]; it has {', '.join(tables)}")
         tables[name][key] = value
     if root is not None and "embed" in tables:
         tables["embed"]["root"] = str(root)
@@ -195,8 +189,6 @@ def _fingerprint(source: Path) -> str:
     if not source.exists():
         return "absent"
     kept = (
-        [source]
-        if source.is_file()
-        else sorted(source.glob("ledger/*.json")) + sorted(source.glob("**/*.safetensors"))
+        [source] if source.is_file() else sorted(source.glob("ledger/*.json")) + sorted(source.glob("**/*.safetensors"))
     )
     return json.dumps([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in kept])

@@ -142,9 +142,7 @@ class Batch:
             self,
             levels={name: level[images] for name, level in self.levels.items()},
             prompts=replace(self.prompts.select(index), image_index=image_index),
-            targets=Targets(
-                self.targets.masks[index], self.targets.valid[images], self.targets.weights[index]
-            ),
+            targets=Targets(self.targets.masks[index], self.targets.valid[images], self.targets.weights[index]),
             rows=self.rows[images.cpu().numpy()],
             objects=self.objects[index.cpu().numpy()],
             pixels=None if self.pixels is None else self.pixels[images],

@@ -9,16 +9,12 @@ from sam_cache.recipe import STAGES
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "sam_cache", *arguments], capture_output=True, text=True, **options
-    )
+    return subprocess.run([sys.executable, "-m", "sam_cache", *arguments], capture_output=True, text=True, **options)
 
 
 def imported_by(code: str) -> set[str]:
     script = f"import json, sys\n{code}\nprint(json.dumps(list(sys.modules)))"
-    return set(
-        json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout)
-    )
+    return set(json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout))
 
 
 def test_the_command_line_imports_no_torch():

@@ -45,15 +45,11 @@ def violations(package: Path) -> list[str]:
             top, *rest = name.split(".")
             if top == "sam_cache":
                 other = rest[0] if rest[0] in FLOORS else "__init__"
-                allowed = (
-                    FLOORS[other] < FLOORS[room] or other == room or (room, other) in ABOVE_ITS_NEIGHBOUR
-                )
+                allowed = FLOORS[other] < FLOORS[room] or other == room or (room, other) in ABOVE_ITS_NEIGHBOUR
                 if not allowed:
                     found.append(f"{file.relative_to(package)} imports {name}: {other} is not below {room}")
             elif top in KEEPERS and room not in KEEPERS[top]:
-                found.append(
-                    f"{file.relative_to(package)} imports {name}: {KEEPERS[top]} keeps {top} to itself"
-                )
+                found.append(f"{file.relative_to(package)} imports {name}: {KEEPERS[top]} keeps {top} to itself")
     return found
 
 
@@ -70,9 +66,5 @@ def test_a_violation_would_be_seen(tmp_path):
 
 
 def test_files_stay_short():
-    long = {
-        str(file): lines
-        for file in PACKAGE.rglob("*.py")
-        if (lines := len(file.read_text().splitlines())) > 320
-    }
+    long = {str(file): lines for file in PACKAGE.rglob("*.py") if (lines := len(file.read_text().splitlines())) > 320}
     assert long == {}

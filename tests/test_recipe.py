@@ -24,9 +24,7 @@ def test_packaged_recipes_resolve_and_open_with_their_command(path):
 
 
 def test_shared_values_go_where_they_are_known(tmp_path):
-    path = write(
-        tmp_path / "r.toml", '[shared]\nstore = "s.zarr"\nseed = 7\n[embed]\n[train-top]\nseed = 8\n'
-    )
+    path = write(tmp_path / "r.toml", '[shared]\nstore = "s.zarr"\nseed = 7\n[embed]\n[train-top]\nseed = 8\n')
     (_, embed), (_, train) = recipe.plan(path, Path("data"), ["train-top.steps=5", "embed.model=nano"])
     assert (str(embed.store), str(embed.root), embed.model) == ("s.zarr", "data", "nano")
     assert (train.seed, train.steps) == (8, 5)

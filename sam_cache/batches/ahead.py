@@ -10,9 +10,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def run_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
-) -> Iterator[Result]:
+def run_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
     """`map(function, items)` in order, computed by `threads` threads at most `ahead` items early."""
     source = iter(items)
     with ThreadPoolExecutor(threads) as pool:

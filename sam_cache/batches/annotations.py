@@ -47,9 +47,7 @@ class Annotator:
     prompted.
     """
 
-    def __init__(
-        self, images: ImageTable, objects: Table, how: Preprocessing, resolution: int, sampling: Sampling
-    ):
+    def __init__(self, images: ImageTable, objects: Table, how: Preprocessing, resolution: int, sampling: Sampling):
         self._images, self._objects, self._how = images, objects, how
         self._resolution, self._sampling = resolution, sampling
         self._image_of_row = {int(row): number for number, row in enumerate(images.rows)}

@@ -22,9 +22,7 @@ def shuffled(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return rows[np.random.default_rng((seed, epoch)).permutation(len(rows))]
 
 
-def endless_batches(
-    rows: np.ndarray, batch_size: int, seed: int, start: Cursor
-) -> Iterator[tuple[Cursor, np.ndarray]]:
+def endless_batches(rows: np.ndarray, batch_size: int, seed: int, start: Cursor) -> Iterator[tuple[Cursor, np.ndarray]]:
     """Batches of rows from `start` on, for ever, each with the cursor that stands *after* it.
 
     The last batch of an epoch may be smaller: no row is seen twice in an epoch, none is dropped.

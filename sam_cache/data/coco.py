@@ -15,9 +15,9 @@ import numpy as np
 
 from sam_cache.data.dataset import Dataset
 from sam_cache.data.decode import PIXEL_LIMIT
-from sam_cache.data.paths import read_inside, resolve_inside
+from sam_cache.data.paths import holds_file, read_inside
 from sam_cache.data.rle import measure_rle, segmentation_to_rle
-from sam_cache.errors import DatasetError, ImageError
+from sam_cache.errors import DatasetError
 from sam_cache.types import ImageRecord, ObjectRecord
 
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -36,6 +36,7 @@ class Image(msgspec.Struct, gc=False):
 class Category(msgspec.Struct, gc=False):
     id: Id
     name: str | int | float | None = None
+    frequency: str | None = None
 
 
 class AnnotationFile(msgspec.Struct):
@@ -125,14 +126,7 @@ def choose_folder(folders: Sequence[Path], names: Sequence[str]) -> Path:
     there = [folder for folder in folders if folder.is_dir()]
     if not there:
         raise DatasetError(f"{folders[0]}: no such folder; give the folder of the images with --images DIR")
-    return next((folder for folder in there if any(_holds(folder, name) for name in names[:32])), there[0])
-
-
-def _holds(folder: Path, name: str) -> bool:
-    try:
-        return resolve_inside(folder, name).is_file()
-    except (ImageError, OSError):
-        return False
+    return next((folder for folder in there if any(holds_file(folder, name) for name in names[:32])), there[0])
 
 
 def dataset_of(
@@ -176,7 +170,10 @@ def dataset_of(
                 wrong.append(f"image {image.id} ({image.path}), annotation {id}: {error}")
         return objects, wrong
 
-    return Dataset(images, categories, lambda record: read_inside(folder, record.path), convert, notes, problems)
+    frequencies = {category.id: category.frequency for category in contents.categories if category.frequency}
+    return Dataset(
+        images, categories, lambda record: read_inside(folder, record.path), convert, frequencies, notes, problems
+    )
 
 
 def _read_owners(file: Path, annotations: list[msgspec.Raw]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:

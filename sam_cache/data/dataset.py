@@ -13,7 +13,7 @@ class Dataset:
     `images` never loses or reorders a row because a file is bad: such an image fails in `read` or
     in `decode`, with an ImageError. `read(record)` gives the bytes of the image file.
     `convert(number)` makes the objects of `images[number]`, and one line for each it had to leave
-    out. `categories` names the category ids.
+    out. `categories` names the category ids; `frequencies` has LVIS's r, c or f for them.
 
     `notes` tell the person how the files were understood; `problems` list what was left out, and
     grow as `objects` is called.
@@ -23,6 +23,7 @@ class Dataset:
     categories: dict[int, str]
     read: Callable[[ImageRecord], bytes]
     convert: Callable[[int], tuple[list[ObjectRecord], list[str]]]
+    frequencies: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _reported: set[int] = field(default_factory=set, repr=False)

@@ -19,8 +19,6 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "AVIF", "GIF", "BMP", "JPEG2000", "PPM
 
 ORIENTATION = 0x0112  # the EXIF tag
 
-cv2.setLogLevel(0)  # failures are raised here, not printed
-
 
 @dataclass(frozen=True)
 class Decoded:
@@ -94,7 +92,8 @@ def _choose_orientation(height: int, width: int, orientation: int, record: Image
 def _decode_array(data: bytes, record: ImageRecord) -> np.ndarray:
     """The stored pixels: OpenCV's array, or Pillow's in the same channel order where OpenCV has none.
 
-    `imdecode` returns nothing for a truncated JPEG; `imread` would return a picture, half of it grey.
+    `imdecode` returns nothing for a truncated JPEG (since OpenCV 4.11); `imread` would return a picture, half of
+    it grey.
     IMREAD_UNCHANGED also keeps it from turning the image by EXIF.
     """
     try:

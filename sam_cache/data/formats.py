@@ -10,7 +10,7 @@ from sam_cache.data.mask_folder import open_masks
 from sam_cache.data.synthetic import open_synthetic
 from sam_cache.errors import DatasetError
 
-FORMATS = ("coco", "lvis", "masks", "synthetic")
+DATASETS = ("coco", "lvis", "masks", "synthetic")
 
 
 def open_dataset(
@@ -29,7 +29,7 @@ def open_dataset(
     seed: int = 0,
     size: int = 560,
 ) -> Dataset:
-    """Open a dataset of one of `FORMATS`; what the arguments mean is said by `open_{kind}`.
+    """Open a dataset of one of `DATASETS`; `open_coco` and its siblings say what the arguments mean.
 
     For masks, `images` and `masks` are `root/images` and `root/masks` unless given. Raises
     DatasetError where the dataset cannot be used at all.
@@ -46,4 +46,4 @@ def open_dataset(
             return open_masks(images, masks, mask_pattern, objects_per, ignore_values, limit)
         case "synthetic":
             return open_synthetic(count if limit is None else min(count, limit), seed, size)
-    raise DatasetError(f"unknown dataset format {kind!r}; choose one of {', '.join(FORMATS)}")
+    raise DatasetError(f"unknown dataset format {kind!r}; choose one of {', '.join(DATASETS)}")

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from sam_cache.data.coco import Image, dataset_of, read_annotations
 from sam_cache.data.dataset import Dataset
+from sam_cache.data.paths import holds_file
 from sam_cache.errors import DatasetError
 
 VERSIONS = ("v1", "v0.5")
@@ -60,4 +61,4 @@ def _name_image(image: Image, folder: Path, divided: bool) -> str:
     path = PurePosixPath(image.coco_url)
     if divided:
         return f"{path.parent.name}/{path.name}"
-    return image.file_name if image.file_name and not (folder / path.name).is_file() else path.name
+    return image.file_name if image.file_name and not holds_file(folder, path.name) else path.name

@@ -86,7 +86,9 @@ def open_masks(
                     objects.append(ObjectRecord(number << 20 | len(objects), category, rle, box, area))
         return objects, wrong
 
-    return Dataset(records, categories, lambda record: read_inside(images, record.path), convert, notes, problems)
+    return Dataset(
+        records, categories, lambda record: read_inside(images, record.path), convert, notes=notes, problems=problems
+    )
 
 
 def _name_to_id(name: str) -> int:

@@ -21,6 +21,14 @@ def resolve_inside(root: Path, relative: str) -> Path:
     return path
 
 
+def holds_file(root: Path, relative: str) -> bool:
+    """Whether `read_inside` has a chance."""
+    try:
+        return resolve_inside(root, relative).is_file()
+    except (ImageError, OSError):
+        return False
+
+
 def read_inside(root: Path, relative: str) -> bytes:
     """The bytes of a regular file under `root`. Raises ImageError where they cannot be had."""
     path = resolve_inside(root, relative)

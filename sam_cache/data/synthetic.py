@@ -51,7 +51,7 @@ def open_synthetic(count: int, seed: int = 0, size: int = 560) -> Dataset:
             objects.append(ObjectRecord(number << 8 | index, thing.category, rle, box, area))
         return objects, []
 
-    return Dataset(records, CATEGORIES, read, convert, [f"{count} synthetic scenes of seed {seed}"])
+    return Dataset(records, CATEGORIES, read, convert, notes=[f"{count} synthetic scenes of seed {seed}"])
 
 
 def scene_size(seed: int, number: int, size: int) -> tuple[int, int]:

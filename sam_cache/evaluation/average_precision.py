@@ -80,7 +80,5 @@ def _writable(ground_truth: dict, annotations: list[dict]) -> dict:
     return {
         "images": [dict(image) for image in ground_truth["images"]],
         "categories": [{"frequency": "f", **category} for category in ground_truth["categories"]],
-        "annotations": [
-            {**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)
-        ],
+        "annotations": [{**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)],
     }

@@ -47,9 +47,7 @@ def comparison(
     height, width = pictures[0].shape[:2]
     text_width = max(measure_text(text, letters, bold=True)[0] for pair in captions for text in pair)
     cell = max(width, text_width)  # a very tall image is narrower than its caption
-    total_width = max(
-        len(pictures) * (cell + gap) + gap, measure_text(title, letters, bold=True)[0] + 2 * gap
-    )
+    total_width = max(len(pictures) * (cell + gap) + gap, measure_text(title, letters, bold=True)[0] + 2 * gap)
     page = np.full((top + height + caption_height + gap, total_width, 3), PAPER, np.uint8)
 
     if title:

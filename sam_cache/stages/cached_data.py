@@ -22,9 +22,7 @@ class CachedData:
     held_out: np.ndarray
 
     @classmethod
-    def open(
-        cls, path: Path, *, annotations: Path | None, partial: bool, held_out: float, seed: int
-    ) -> "CachedData":
+    def open(cls, path: Path, *, annotations: Path | None, partial: bool, held_out: float, seed: int) -> "CachedData":
         """Raises StoreError for a store with uncommitted shards, unless `partial`."""
         store = EmbeddingStore.open(path)
         if (missing := len(store.uncommitted())) and not partial:
@@ -72,9 +70,7 @@ def objects_from(annotations: Path, store: EmbeddingStore) -> Table:
         else:
             pairs.append((number, int(images.rows[image])))
     if misfits:
-        say(
-            f"{annotations}: {len(misfits)} images have another size than in the store, left out: {misfits[0]}, ..."
-        )
+        say(f"{annotations}: {len(misfits)} images have another size than in the store, left out: {misfits[0]}, ...")
     if not pairs:
         raise DatasetError(
             f"{annotations}: none of its {len(dataset.images)} image ids is in {store.path}; "

@@ -22,3 +22,8 @@ def pick_precision(asked: str | None, device: torch.device, flag: str) -> str:
     if precision == "fp16" and device.type == "cpu":
         raise UsageError(f"{flag} fp16: a CPU computes in fp32 or bf16")
     return precision
+
+
+def pick_mask_budget(asked: int | None, device: torch.device) -> int:
+    """Prompts to decode at once: enough to fill a GPU; on a CPU few, since there fresh memory costs most."""
+    return asked or (64 if device.type == "cuda" else 16)

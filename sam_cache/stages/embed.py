@@ -1,26 +1,20 @@
 """Stage 1: run the frozen image encoder once over every image of a dataset, into a store."""
 
-import json
-import platform
-import shutil
 from collections import Counter
 from contextlib import suppress
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
-from sam_cache import config
-from sam_cache.batches import PixelBatch, Preprocessing, object_columns, pixel_batches
-from sam_cache.config import DatasetKnobs, EmbedConfig
+from sam_cache.batches import PixelBatch, Preprocessing, pixel_batches
+from sam_cache.config import EmbedConfig
 from sam_cache.data import Dataset
-from sam_cache.errors import StoreError
-from sam_cache.model import Encoder, load_encoder, load_top, size_of, top_to_bytes
+from sam_cache.model import Encoder, load_encoder, size_of
 from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device, pick_precision
+from sam_cache.stages.embedding_store import checkpoint_of, open_store, recorded
 from sam_cache.stages.progress import Bar, say, stop_on_signals
 from sam_cache.stages.source import open_source
-from sam_cache.store import FAILED, OK, EmbeddingStore, LevelSpec, ShardBusy, StoreSpec, Table
+from sam_cache.store import FAILED, OK, EmbeddingStore, ShardBusy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,62 +71,6 @@ def encode(encoder: Encoder, batch: PixelBatch, device: torch.device) -> dict[st
     return {name: level.cpu() for name, level in levels.items()}
 
 
-def checkpoint_of(cfg: EmbedConfig) -> Path | None:
-    """The weights file asked for, else the official one under $SAMCACHE_HOME; None for models without."""
-    official = size_of(cfg.model).checkpoint
-    if cfg.checkpoint is not None or not official:
-        return cfg.checkpoint
-    return config.home() / "checkpoints" / official
-
-
-def open_store(
-    cfg: EmbedConfig, dataset: Dataset, encoder: Encoder, how: Preprocessing, precision: str, recorded: dict
-) -> EmbeddingStore:
-    """Create the store, or check that the one there is of the same identity, and prepare new images."""
-    levels = {name: LevelSpec(*shape, cfg.dtype, cfg.codec) for name, shape in encoder.levels.items()}
-    spec = StoreSpec(cfg.model, encoder.digest, levels, precision, vars(how), cfg.shard_rows)
-    check_space(cfg.store, spec, len(dataset.images))
-
-    def prepare(records) -> Table:
-        first = len(dataset.images) - len(records)
-        with Bar("reading objects", len(records), "images") as bar:
-            return object_columns(dataset, ((first + row, row) for row in range(len(records))), bar.advance)
-
-    categories = [{"id": id, "name": name} for id, name in sorted(dataset.categories.items())]
-    base = top_to_bytes(load_top(cfg.model, checkpoint_of(cfg), cfg.input_size))
-    return EmbeddingStore.create_or_resume(
-        cfg.store, spec, dataset.images, prepare, base, recorded, {"categories": categories}
-    )
-
-
-def recorded(cfg: EmbedConfig, described: bool) -> dict:
-    """What is written beside the identity and never compared: where the images are, and what made the store."""
-    knobs = DatasetKnobs(**{name: getattr(cfg, name) for name in DatasetKnobs.model_fields})
-    # With a root the other paths are relative to it, so it alone has to be found again from elsewhere.
-    paths = ("root",) if cfg.root else ("images", "annotations", "masks")
-    absolute = {name: path.resolve() for name in paths if (path := getattr(cfg, name))}
-    return {
-        "dataset": json.loads(knobs.model_copy(update=absolute).model_dump_json()) if described else None,
-        "versions": {name: version(name) for name in ("samcache", "torch", "zarr", "numpy", "opencv-python")},
-        "machine": platform.platform(),
-    }
-
-
-def check_space(path: Path, spec: StoreSpec, images: int) -> None:
-    """Say what the store will take. Raises StoreError when the disk cannot hold it."""
-    if path.exists():
-        return
-    size = images * sum(level.nbytes for level in spec.levels.values())
-    parent = next(folder for folder in path.resolve().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    say(f"{images} images -> {path}: up to {size / 2**30:.2f} GiB of embeddings; {free / 2**30:.0f} GiB free")
-    if size > free:
-        raise StoreError(
-            f"{path}: needs {size / 2**30:.1f} GiB but {parent} has {free / 2**30:.1f} GiB free; "
-            "choose another --store, or fewer images with --limit"
-        )
-
-
 def report(cfg: EmbedConfig, store: EmbeddingStore, dataset: Dataset, notes: Counter, done: int) -> int:
     """Say what came of it, most important last."""
     states = store.row_states[store.images.rows]
@@ -149,9 +87,7 @@ def report(cfg: EmbedConfig, store: EmbeddingStore, dataset: Dataset, notes: Cou
         say(f"... and {len(failures) - 20} more images; `samcache info --store {cfg.store}` lists them")
     moved = store.objects()["centroid_moved"]
     if len(moved):
-        say(
-            f"{len(moved)} objects; {moved.mean():.1%} of the centroids fell outside their mask and were moved"
-        )
+        say(f"{len(moved)} objects; {moved.mean():.1%} of the centroids fell outside their mask and were moved")
     what = "up to date" if not done else "done"
     say(
         f"{cfg.store}: {what}, {(states == OK).sum()} of {len(states)} images embedded, "

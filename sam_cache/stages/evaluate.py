@@ -16,7 +16,7 @@ from sam_cache.model import top_from_bytes
 from sam_cache.pictures import save_png
 from sam_cache.ranks import Ranks
 from sam_cache.stages.cached_data import CachedData
-from sam_cache.stages.device import pick_device
+from sam_cache.stages.device import pick_device, pick_mask_budget
 from sam_cache.stages.progress import Bar, say
 from sam_cache.stages.report import draw_answers, ground_truth, print_report, to_detection
 from sam_cache.stages.scoring import ask
@@ -32,7 +32,7 @@ def evaluate(cfg: EvalConfig) -> int:
     data = open_data(cfg)
     networks = open_networks(cfg, data, device)
     rows = data.held_out if cfg.rows == "held-out" else data.rows
-    kinds = parse_prompts(cfg.prompts).kinds
+    kinds, mask_budget = parse_prompts(cfg.prompts).kinds, pick_mask_budget(cfg.mask_budget, device)
     out = cfg.out or Path(f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}")
     out.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(data.store) if cfg.overlays else None
@@ -43,7 +43,7 @@ def evaluate(cfg: EvalConfig) -> int:
     with Bar("evaluating", len(rows) * len(kinds), "images") as bar:
         for kind in kinds:
             shown = 0
-            for answers in ask(networks, data, rows, kind, cfg.seed, cfg.mask_budget, device):
+            for answers in ask(networks, data, rows, kind, cfg.seed, mask_budget, device):
                 bar.advance()
                 for name in networks:
                     scores[name] += [answer.scores[name] for answer in answers]
@@ -91,9 +91,7 @@ def open_data(cfg: EvalConfig) -> CachedData:
     record = RunFolder(cfg.run, resume=True).read_json("record.json")
     if Path(record["store"]) == cfg.store.resolve():
         return data.holding_out(record["held_out"])
-    say(
-        f"{cfg.run} was trained on {record['store']}; held-out rows of {cfg.store} are drawn by --held-out and --seed"
-    )
+    say(f"{cfg.run} was trained on {record['store']}; held-out rows of {cfg.store} are drawn by --held-out and --seed")
     return data
 
 

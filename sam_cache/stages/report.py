@@ -15,9 +15,7 @@ MOST_SHOWN = 24  # objects in one overlay; more hide the image
 def print_report(report: dict) -> None:
     """The summary as a table: means over objects, with 95% bootstrap intervals over images."""
     tuned = "tuned" in report
-    table = Table(
-        title=f"{report['rows']['which']} rows: {report['rows']['count']} images", title_justify="left"
-    )
+    table = Table(title=f"{report['rows']['which']} rows: {report['rows']['count']} images", title_justify="left")
     for column in ("prompt", "size", "objects"):
         table.add_column(column, justify="right" if column == "objects" else "left")
     names = ["untouched", "tuned"] if tuned else ["untouched"]
@@ -99,9 +97,7 @@ def draw_answers(image: np.ndarray, answers: list[Answer]) -> np.ndarray:
     geometry = answers[0].geometry
     answers = sorted(answers, key=lambda answer: -answer.truth.sum())[:MOST_SHOWN]
     points = np.concatenate([geometry.points_to_image(a.prompt.points_xy_input.numpy()) for a in answers])
-    boxes = [
-        geometry.boxes_to_image(a.prompt.boxes_xyxy_input.numpy()) for a in answers if a.prompt.has_box[0]
-    ]
+    boxes = [geometry.boxes_to_image(a.prompt.boxes_xyxy_input.numpy()) for a in answers if a.prompt.has_box[0]]
     prompts = {
         "points_xy_image": points,
         "labels": np.concatenate([a.prompt.labels.numpy() for a in answers]),

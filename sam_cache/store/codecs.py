@@ -38,11 +38,14 @@ def to_stored(value: np.ndarray | torch.Tensor, level: LevelSpec) -> np.ndarray:
     """
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.require(value, requirements="W"))
-    stored = value.detach().to("cpu", level.stored.torch_dtype).contiguous()
-    if not torch.isfinite(stored).all():
-        unfit = "not finite" if not torch.isfinite(value).all() else f"exceeds {level.dtype}"
-        raise ValueError(f"{unfit}: {int((~torch.isfinite(stored)).sum())} of {stored.numel()} values")
-    return as_bytes(stored).reshape(-1)
+    stored = as_bytes(value.detach().to("cpu", level.stored.torch_dtype).contiguous()).reshape(-1)
+    bits = stored.view(f"<u{level.stored.itemsize}")
+    magnitude = bits & ((1 << 8 * level.stored.itemsize - 1) - 1)
+    # On the CPU this is some thirty times faster than torch.isfinite, which is slow in half precision.
+    if magnitude.max() >= level.stored.infinity:
+        unfit = f"exceeds {level.dtype}" if torch.isfinite(value).all() else "not finite"
+        raise ValueError(f"{unfit}: {(magnitude >= level.stored.infinity).sum()} of {bits.size} values")
+    return stored
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from sam_cache.store.columns import Table, concatenate, read_attributes, read_ta
 from sam_cache.store.images import ImageTable
 from sam_cache.store.ledger import (
     COMPACT,
+    NAMES,
     changed,
     damage,
     read_compact,
@@ -122,7 +123,7 @@ class EmbeddingStore:
 
     def set_objects(self, name: str, table: Table, attributes: dict) -> None:
         """Add or replace object set `name` as a whole; `row` in `table` is a row of the store."""
-        if not name.replace("_", "").replace("-", "").isalnum():
+        if not NAMES.fullmatch(record_name("objects", name)):
             raise StoreError(f"{self.path}: object set {name!r}: use letters, digits, - and _ only")
         with self._locked():
             self._ledger = read_ledger(self.path)

@@ -22,7 +22,7 @@ from sam_cache.store.spec import LevelSpec
 
 PAGE = 4096
 CHECKSUM_BYTES = 4
-ABSENT_ENTRY = 2**64 - 1
+ABSENT_ENTRY = 0xFFFF_FFFF_FFFF_FFFF
 
 
 class Extent(NamedTuple):

@@ -75,13 +75,9 @@ def seal(record: dict) -> bytes:
 def unseal(data: bytes) -> dict:
     """The record, its digest included; ValueError unless `data` is byte for byte what was sealed."""
     record = json.loads(data)
-    if seal(without_digest(record)) != data:
+    if seal({name: value for name, value in record.items() if name != "digest"}) != data:
         raise ValueError("the record does not match its digest")
     return record
-
-
-def without_digest(record: dict) -> dict:
-    return {name: value for name, value in record.items() if name != "digest"}
 
 
 def damage(root: Path, text: str) -> DamageError:
@@ -103,12 +99,11 @@ def read_ledger(root: Path, report: Report | None = None) -> Ledger:
     A record that is damaged goes to `report` and is left out; without `report` it is a
     DamageError.
     """
-
     report = report or refusal(root)
     ledger = Ledger()
     kinds = {"prepare": ledger.prepares, "shard": ledger.shards, "objects": ledger.objects}
     # Single records first, the compact file last: `compact` writes it before it removes them.
-    for path in sorted((root / "ledger").iterdir()):
+    for path in sorted((root / "ledger").glob("*.json")):
         if match := NAMES.fullmatch(path.name):
             record = read_record(path, report)
             if record and path.name == record_name(match[1], record["key"]):

@@ -42,7 +42,6 @@ def create(
     write_array(zarr.create_group(draft / "base"), "weights", np.frombuffer(base, np.uint8))
     _write(draft / "ledger" / "zarr.json", layout.ledger_metadata())
     record = _write_segment(draft, spec, 0, 0, records, objects, object_attributes)
-    (draft / "ledger" / "partial").mkdir()
     _write(draft / "ledger" / record_name("prepare", 0), seal(record))
     durable.fsync_tree(draft)
     try:

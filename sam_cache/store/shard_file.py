@@ -131,7 +131,8 @@ def read_row(file: BinaryIO, offset: int, length: int, digest) -> bytes:
 
 def row_checksum(data: bytes) -> int | None:
     """The crc32c that follows the row's bytes if it fits them, else None."""
-    checksum = google_crc32c.value(data[:-CHECKSUM_BYTES])
+    # A slice of an array is a view, where a slice of bytes would be a copy of the row.
+    checksum = google_crc32c.value(np.frombuffer(data, np.uint8)[:-CHECKSUM_BYTES])
     return checksum if checksum.to_bytes(CHECKSUM_BYTES, "little") == data[-CHECKSUM_BYTES:] else None
 
 

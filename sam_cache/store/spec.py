@@ -15,18 +15,20 @@ class StoredType(NamedTuple):
 
     bf16 is stored as the uint16 of its bits, since no two Zarr libraries agree on that type.
     The fill value is NaN (for bf16 its bit pattern), so a hole never reads as plausible zeros.
+    `infinity` are the bits of +inf: those of every finite value, without the sign, are less.
     """
 
     zarr_name: str
     fill_value: str | int
     torch_dtype: torch.dtype
     itemsize: int
+    infinity: int
 
 
 STORED_TYPES = {
-    "fp16": StoredType("float16", "NaN", torch.float16, 2),
-    "fp32": StoredType("float32", "NaN", torch.float32, 4),
-    "bf16": StoredType("uint16", 0x7FC0, torch.bfloat16, 2),
+    "fp16": StoredType("float16", "NaN", torch.float16, 2, 0x7C00),
+    "fp32": StoredType("float32", "NaN", torch.float32, 4, 0x7F800000),
+    "bf16": StoredType("uint16", 0x7FC0, torch.bfloat16, 2, 0x7F80),
 }
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sam_cache.store.shard_file import ShardFile, examine, read_row, row_checksu
 from sam_cache.store.spec import StoreSpec
 
 Progress = Callable[[int, int], None]
+THREADS = 4
 
 
 @dataclass
@@ -69,7 +71,7 @@ def verify(store: EmbeddingStore | Path | str, progress: Progress | None = None,
         bad |= _check_orphans(root, placed, ledger, spec, report)
         shards = [shard.index for shard in ledger.list_shards(spec.shard_rows)]
         report.uncommitted = [index for index in shards if index not in ledger.shards]
-    drafts = [*(root / "ledger" / "partial").iterdir(), *(root / "ledger").glob(".*.tmp")]
+    drafts = [*(root / "ledger").glob("partial/*"), *(root / "ledger").glob(".*.tmp")]
     report.leftovers = leftovers(root, ledger) + sorted(_name(root, path) for path in drafts)
     if repair and report.damage:
         _repair(root, bad)
@@ -112,47 +114,52 @@ def _interrupted_growth(root: Path, ledger: Ledger, spec: StoreSpec, name: str) 
 
 def _check_shards(root: Path, ledger: Ledger, report: VerifyReport, progress: Progress) -> set[int]:
     """Compare shard files with their records; returns the shards that are damaged."""
-    store_digest = ledger.prepares[0]["digest"] if 0 in ledger.prepares else None
+    bad = set()
+    for index, record in sorted(ledger.shards.items()):
+        if 0 in ledger.prepares and record["store"] != ledger.prepares[0]["digest"]:
+            bad.add(index)
+            report.damage.append(f"ledger/{record_name('shard', index)} is of another store")
+        report.rows_ok += record["states"].count(OK)
+        report.rows_failed += record["states"].count(FAILED)
     files = [
         (index, level, ShardFile.from_json(entry))
         for index, record in sorted(ledger.shards.items())
         for level, entry in record["levels"].items()
     ]
-    total, done, bad = sum(file.size for *_, file in files), 0, set()
-    for index, level, file in files:
-        found = _check_shard(root, index, level, file, report)
-        if found:
-            bad.add(index)
-            report.damage += found
-        done += file.size
-        progress(done, total)
-    for index, record in sorted(ledger.shards.items()):
-        if store_digest and record["store"] != store_digest:
-            bad.add(index)
-            report.damage.append(f"ledger/{record_name('shard', index)} is of another store")
-    states = [state for record in ledger.shards.values() for state in record["states"]]
-    report.rows_ok, report.rows_failed = states.count(OK), states.count(FAILED)
+    total, done = sum(file.size for *_, file in files), 0
+    pool = ThreadPoolExecutor(THREADS)  # hashing does not hold the interpreter lock
+    try:
+        checks = pool.map(lambda task: _check_shard(root, *task), files)
+        for (index, level, file), (rows, damage) in zip(files, checks, strict=True):
+            report.damage += damage
+            report.damaged_rows += [(level, row, shard_path(level, index)) for row in rows]
+            bad |= {index} if damage else set()
+            done += file.size
+            progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
     report.shards, report.files, report.bytes = len(ledger.shards), report.files + len(files), report.bytes + total
     return bad
 
 
-def _check_shard(root: Path, index: int, level: str, file: ShardFile, report: VerifyReport) -> list[str]:
+def _check_shard(root: Path, index: int, level: str, file: ShardFile) -> tuple[list[int], list[str]]:
+    """The damaged rows, and a text for each thing that is damaged."""
     name = shard_path(level, index)
     if not (root / name).is_file():
-        return [f"{name} is missing"]
-    digest, found = hashlib.sha256(), []
+        return [], [f"{name} is missing"]
+    digest, rows = hashlib.sha256(), []
     with open(root / name, "rb") as stream:
         written = [(extent, position) for position, extent in enumerate(file.extents) if extent]
         for extent, position in sorted(written):
             data = read_row(stream, extent.offset, extent.length, digest)
             if row_checksum(data) != extent.checksum:
-                row = index * len(file.extents) + position
-                found.append(f"row {row} of level {level} in {name} does not match its checksum")
-                report.damaged_rows.append((level, row, name))
+                rows.append(index * len(file.extents) + position)
         digest.update(stream.read())
-    if not found and digest.hexdigest() != file.sha256:
-        found.append(f"{name}: its rows are whole, but its index or what lies between them is not")
-    return found
+    if rows:
+        return rows, [f"row {row} of level {level} in {name} does not match its checksum" for row in rows]
+    if digest.hexdigest() != file.sha256:
+        return [], [f"{name}: its rows are whole, but its index or what lies between them is not"]
+    return [], []
 
 
 def _check_orphans(root: Path, placed: list[Path], ledger: Ledger, spec: StoreSpec, report: VerifyReport) -> set[int]:

@@ -37,10 +37,11 @@ def partial_path(root: Path, shard: int, suffix: str) -> Path:
 @contextmanager
 def locked_journal(root: Path, shard: int) -> Iterator[int]:
     """The descriptor of the shard's journal, held by this process alone; ShardBusy if it is taken."""
+    path = partial_path(root, shard, "journal")
+    durable.make_folders(path.parent)
     with ExitStack() as stack:
         try:
-            lock = durable.locked(partial_path(root, shard, "journal"), wait=False)
-            descriptor = stack.enter_context(lock)
+            descriptor = stack.enter_context(durable.locked(path, wait=False))
         except BlockingIOError:
             raise ShardBusy(f"{root}: shard {shard} is being written by another process") from None
         yield descriptor

@@ -51,18 +51,14 @@ class RunFolder:
         kept = [line for line in self.metrics() if line["step"] <= step]
         _write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
-    def save(
-        self, step: int, weights: dict[str, Tensor], optimizer: dict, state: dict[str, Any], best: bool
-    ) -> None:
+    def save(self, step: int, weights: dict[str, Tensor], optimizer: dict, state: dict[str, Any], best: bool) -> None:
         """Commit a checkpoint: written aside, synced, renamed, and only then named by `last` (and `best`).
 
         `weights` are the trained parameters alone. Other checkpoints than last and best are removed.
         """
         folder = self.path / "checkpoints"
         aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        save_file(
-            {name: value.contiguous() for name, value in weights.items()}, aside / "weights.safetensors"
-        )
+        save_file({name: value.contiguous() for name, value in weights.items()}, aside / "weights.safetensors")
         torch.save(optimizer, aside / "optimizer.pt")
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         for file in aside.iterdir():
@@ -96,9 +92,7 @@ class RunFolder:
     def _existing(self, name: str) -> Path:
         folder = self._named(name)
         if folder is None or not folder.is_dir():
-            raise CheckpointError(
-                f"{self.path}: no {name} checkpoint; train to the first save, or start without it"
-            )
+            raise CheckpointError(f"{self.path}: no {name} checkpoint; train to the first save, or start without it")
         return folder
 
     @property

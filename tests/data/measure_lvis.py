@@ -51,7 +51,7 @@ def write_annotations(file: Path, scale: float) -> None:
 
 def _draw_polygon() -> tuple[str, list[float]]:
     """A wobbly outline with as many points as LVIS's have on average, and its box."""
-    points, radius = random.randrange(8, 81), random.uniform(8, 60)
+    points, radius = random.randrange(8, 86), random.uniform(8, 60)
     x, y = random.uniform(60, 580), random.uniform(60, 420)
     angles = [2 * math.pi * i / points for i in range(points)]
     polygon = [

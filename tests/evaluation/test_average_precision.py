@@ -13,9 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from sam_cache.evaluation import average_precision
 
 # pycocotools 2.0.11 decodes into an array class that numpy 2 finds old-fashioned.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
@@ -228,9 +226,7 @@ def test_lvis_equals_lvis_api(real_data):
         detections.append(
             {
                 "image_id": image,
-                "category_id": present[image][n % len(present[image])]
-                if n % 4 == 0
-                else annotation["category_id"],
+                "category_id": present[image][n % len(present[image])] if n % 4 == 0 else annotation["category_id"],
                 "segmentation": encode(np.roll(shape, (n % 7 - 3, n % 5 - 2), axis=(0, 1))),
                 "score": n * 7919 % 101 / 101,  # with ties
             }

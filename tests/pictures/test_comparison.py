@@ -11,9 +11,7 @@ def test_panels_are_the_overlays():
         mask[10:40, 10 : 30 + 10 * number] = True
     truth, untouched, tuned = masks
     points = np.array([(20, 20)])
-    page = comparison(
-        image, [truth], [untouched], [tuned], points, untouched_iou=0.5, tuned_iou=0.75, size=160
-    )
+    page = comparison(image, [truth], [untouched], [tuned], points, untouched_iou=0.5, tuned_iou=0.75, size=160)
     panels = [draw_overlay(image, (), points, size=160)]
     panels += [draw_overlay(image, [mask], size=160) for mask in masks]
 

@@ -62,7 +62,7 @@ def test_other_libraries_and_our_reader_read_the_same(tmp_path, kit, dtype, code
         assert out[name].dtype == spec.levels[name].stored.torch_dtype
 
 
-@pytest.mark.parametrize(("dtype", "codec"), KINDS)
+@pytest.mark.parametrize(("dtype", "codec"), [("fp16", "raw"), ("fp32", "zstd"), ("bf16", "blosc")])
 def test_a_shard_that_zarr_python_wrote_is_taken_in(tmp_path, kit, dtype, codec):
     """A file with a shard's name and no record is verified and adopted, whoever wrote it."""
     spec = kit.spec(dtype, codec)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -48,6 +50,20 @@ def test_a_whole_store_is_ok_and_counted(whole):
     assert (report.uncommitted, report.orphans, report.leftovers) == ([], [], [])
     assert json.loads(json.dumps(report.to_json()))["ok"] is True
     assert verify(whole).to_json() == report.to_json()
+
+
+def test_stopping_does_not_wait_for_the_files_to_come(whole, monkeypatch):
+    module, checked = sys.modules[verify.__module__], []
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    check = module._check_shard
+    monkeypatch.setattr(module, "THREADS", 1)
+    monkeypatch.setattr(module, "_check_shard", lambda *task: (checked.append(task), time.sleep(0.05), check(*task))[2])
+    with pytest.raises(KeyboardInterrupt):
+        verify(whole, stop)
+    assert len(checked) < 6
 
 
 def test_one_flipped_bit_in_any_file_is_found(copy):

@@ -21,9 +21,7 @@ class Scale(nn.Module):
 
 
 def losses_of(network, batch):
-    predicted = (
-        batch.levels["neck"][batch.prompts.image_index] * network.factor[:, None, None] * network.frozen
-    )
+    predicted = batch.levels["neck"][batch.prompts.image_index] * network.factor[:, None, None] * network.frozen
     error = (predicted.sum(1) - batch.targets.masks).square().mean((1, 2)) * batch.targets.weights
     return {"loss": error.sum()}
 
@@ -57,24 +55,21 @@ class Stream:
         self.position = start
 
     def __iter__(self):
-        for self.position in count(self.position + 1):
-            yield make_batch(self.position)
+        for position in count(self.position + 1):
+            self.position = position
+            yield make_batch(position)
 
     def state(self):
         return {"position": self.position}
 
 
-def train(
-    folder, steps, *, resume=False, evaluate=lambda: {"score": 0.0}, batches=None, objective=losses_of, **pace
-):
+def train(folder, steps, *, resume=False, evaluate=lambda: {"score": 0.0}, batches=None, objective=losses_of, **pace):
     network = Scale()
     run = RunFolder(folder, resume=resume)
     run.write_json("config.json", {})
     accelerator = make_accelerator(torch.device("cpu"), "fp32", folder)
     optimizer = torch.optim.AdamW([network.factor], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, 100, warmup=3)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, 100, warmup=3))
     progress, batches = Progress(), batches or Stream()
     if resume:
         progress, state = load(network, optimizer, schedule, run)

@@ -94,7 +94,7 @@ class ShardWriter:
             for name, file in self._files.items()
             if isinstance(file, PartialFile)
         }
-        os.write(self._journal, _journal_line({"row": row, "content": content, "levels": extents}))
+        os.write(self._journal, _journal_line({"row": int(row), "content": content, "levels": extents}))
         self._contents[row] = content
         return True
 

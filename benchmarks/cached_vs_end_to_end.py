@@ -18,15 +18,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import alternate, describe_machine, write_results
+from measure import alternate, describe_machine, median_ratio, summarise, write_results
 from safetensors.torch import save_file
-from segment_anything.modeling import Sam
 from torch.utils.flop_counter import FlopCounterMode
 
 from sam_cache.batches import CachedBatches, Sampling, pixel_batches
 from sam_cache.config import EmbedConfig
 from sam_cache.data import parse_prompts
-from sam_cache.model import SIZES, Masks, fixed_weights, load_encoder, top_from_bytes
+from sam_cache.model import SIZES, Masks, Top, load_encoder, top_from_bytes
+from sam_cache.model.encoder import normalise_pixels
+from sam_cache.model.weights import fixed_weights
 from sam_cache.stages.cached_data import CachedData
 from sam_cache.stages.decoding import SamObjective
 from sam_cache.stages.embed import embed
@@ -121,14 +122,17 @@ def make_contenders(arguments, data: CachedData, cfg: EmbedConfig, checkpoint: P
         batch.levels.update(encode())
         step(batch)
 
-    upstream = Sam(encoder.vit, top.prompt_encoder, top.mask_decoder)
+    upstream = UpstreamTop(top)
 
     def end_to_end() -> None:
         batch = draw()
-        neck = encode()["neck"]
+        with torch.no_grad():
+            inputs = normalise_pixels(pixels.pixels.to(device), pixels.content_hw.to(device), "sam")
+            neck = encoder.vit(inputs)
         for image in range(arguments.images):
             one = batch.select((batch.prompts.image_index == image).nonzero()[:, 0])
-            objective(UpstreamTop(upstream), replace_neck(one, neck[image : image + 1]))["loss"].backward()
+            one.levels["neck"] = neck[image : image + 1]
+            objective(upstream, one)["loss"].div(len(batch.prompts)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -137,27 +141,22 @@ def make_contenders(arguments, data: CachedData, cfg: EmbedConfig, checkpoint: P
 
 
 class UpstreamTop(torch.nn.Module):
-    """segment_anything's own decoder, called as its users do: one image, its prompts in a batch."""
+    """segment_anything's own modules, called as its users do: one image, its prompts in a batch."""
 
-    def __init__(self, sam: Sam):
+    def __init__(self, top: Top):
         super().__init__()
-        self.sam = sam
+        self.prompt_encoder, self.mask_decoder = top.prompt_encoder, top.mask_decoder
 
-    def forward(self, levels, prompts, multimask: bool):
-        sparse, dense = self.sam.prompt_encoder(points=None, boxes=prompts.boxes_xyxy_input, masks=None)
-        position = self.sam.prompt_encoder.get_dense_pe()
-        return Masks(*self.sam.mask_decoder(levels["neck"], position, sparse, dense, multimask))
+    def forward(self, levels, prompts, multimask: bool) -> Masks:
+        sparse, dense = self.prompt_encoder(points=None, boxes=prompts.boxes_xyxy_input, masks=None)
+        position = self.prompt_encoder.get_dense_pe()
+        return Masks(*self.mask_decoder(levels["neck"].to(sparse.dtype), position, sparse, dense, multimask))
 
 
 def even(image_index: torch.Tensor, count: int) -> torch.Tensor:
     """`count` prompts of every image, some of them twice where an image has fewer."""
     per_image = [(image_index == image).nonzero()[:, 0] for image in image_index.unique()]
     return torch.cat([own.repeat(-(-count // len(own)))[:count] for own in per_image])
-
-
-def replace_neck(batch: Batch, neck: torch.Tensor) -> Batch:
-    batch.levels["neck"] = neck
-    return batch
 
 
 def count(function) -> int:

@@ -120,6 +120,9 @@ def main(arguments: list[str] | None = None) -> None:
     except SamcacheError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a disk that is full, a path that is a file: the system's words say it
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; what was committed is kept", file=sys.stderr)
         sys.exit(130)

@@ -116,7 +116,9 @@ class TrainTopConfig(DeviceKnobs, PromptKnobs):
     scale_sampled: bool = Field(
         False, description="Weigh sampled objects by n/kept, so that crowded images count in full."
     )
-    mask_budget: Positive = Field(64, description="Prompts decoded at once; the gradient does not depend on it.")
+    mask_budget: Positive | None = Field(
+        None, description="Prompts decoded at once; the gradient does not depend on it. Default: 64 on cuda, else 16."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="AdamW learning rate after warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
     warmup: int = Field(50, ge=0, description="Steps of linear warm-up.")
@@ -147,13 +149,14 @@ class EvalConfig(DeviceKnobs, PromptKnobs):
     average_precision: bool = Field(True, description="Also compute COCO or LVIS mask AP.")
 
 
-class VerifyConfig(StageConfig):
+class VerifyConfig(DeviceKnobs):
     store: Path = Field(Path("emb.zarr"), description="Store to check.")
     repair: bool = Field(False, description="Drop damaged shards, so that embed makes them again.")
+    retry_failed: bool = Field(False, description="Drop shards with failed rows, so that embed tries them again.")
     as_json: bool = Field(False, alias="json", description="Print the report as JSON.")
 
 
-class InfoConfig(StageConfig):
+class InfoConfig(DeviceKnobs):
     store: Path = Field(Path("emb.zarr"), description="Store to describe.")
     as_json: bool = Field(False, alias="json", description="Print as JSON.")
 

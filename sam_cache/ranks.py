@@ -23,10 +23,6 @@ class Ranks:
             )
         )
 
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
     def share(self, work: Iterable) -> Iterator:
         """Every `world`-th item, starting with this rank's: disjoint over ranks, complete together."""
         return (item for number, item in enumerate(work) if number % self.world == self.rank)

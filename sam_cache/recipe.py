@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def plan(path: Path, root: Path | None, settings: list[str]) -> list[tuple[Stage
         tables = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not TOML: {error}") from None
+    if loose := [name for name, table in tables.items() if not isinstance(table, dict)]:
+        raise UsageError(f"{path}: {loose[0]} stands outside of a stage; write it under [shared] or [STAGE]")
     shared = tables.pop("shared", {})
     if unknown := [name for name in tables if name not in STAGES]:
         raise UsageError(f"{path}: unknown stage [{unknown[0]}]; stages are {', '.join(STAGES)}")
@@ -101,6 +104,9 @@ def plan(path: Path, root: Path | None, settings: list[str]) -> list[tuple[Stage
         tables[name][key] = value
     if root is not None and "embed" in tables:
         tables["embed"]["root"] = str(root)
+    known = {key for name in tables for key in _shared_with(STAGES[name], shared)}
+    if unknown := [key for key in shared if key not in known]:
+        raise UsageError(f"{path.name} [shared]: no stage of this recipe knows the key {unknown[0]!r}")
     return [
         (
             STAGES[name],
@@ -146,10 +152,28 @@ def run(name: str, *, root: Path | None, settings: list[str], start: str | None,
             print(f"{heading}: up to date, skipped", file=sys.stderr)
         else:
             print(f"{heading}", file=sys.stderr)
+            if isinstance(cfg, TrainTopConfig):
+                cfg = _continue_or_redo(cfg, ended_before=receipt.path.exists() or start is not None)
+            receipt.path.unlink(missing_ok=True)
             if code := stage.load()(cfg) or 0:
                 return code
             Receipt.of(path.stem, stage, cfg).write()
     return 0
+
+
+def _continue_or_redo(cfg: TrainTopConfig, ended_before: bool) -> TrainTopConfig:
+    """A run that was interrupted goes on; one that ended, or was configured otherwise, is put aside."""
+    written = cfg.out / "config.json" if cfg.out else None
+    if written is None or not written.exists():
+        return cfg
+    resumed = cfg.model_copy(update={"resume": True})
+    before = json.loads(written.read_text()) | {"resume": True}
+    if not ended_before and before == resumed.model_dump(mode="json", by_alias=True):
+        return resumed
+    aside = cfg.out.with_name(f"{cfg.out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    cfg.out.rename(aside)
+    print(f"{cfg.out}: the run there is outdated, kept as {aside}", file=sys.stderr)
+    return cfg
 
 
 @dataclass(frozen=True)
@@ -163,7 +187,8 @@ class Receipt:
     @classmethod
     def of(cls, recipe: str, stage: Stage, cfg: StageConfig) -> "Receipt":
         folder = Path("runs") / recipe
-        digest = hashlib.sha256(f"{__version__} {stage.name} {cfg.model_dump_json()}".encode())
+        knobs = cfg.model_dump_json(exclude={"resume"})  # going on is the same run
+        digest = hashlib.sha256(f"{__version__} {stage.name} {knobs}".encode())
         # Training writes the run that evaluation reads, embedding writes the store that all others read:
         # an input is what is read only, so that a stage's own output does not outdate it.
         inputs = {"embed": (), "train-top": ("store", "eval_store", "annotations", "checkpoint")}
@@ -185,10 +210,12 @@ class Receipt:
 
 
 def _fingerprint(source: Path) -> str:
-    """What a store or run holds, from its ledger or its weights; for a file, its size and time."""
+    """What a store or run holds, by the content of its ledger or its weights; a file by its own content."""
     if not source.exists():
         return "absent"
-    kept = (
-        [source] if source.is_file() else sorted(source.glob("ledger/*.json")) + sorted(source.glob("**/*.safetensors"))
-    )
-    return json.dumps([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in kept])
+    kept = [source] if source.is_file() else sorted([*source.glob("ledger/*.json"), *source.glob("**/*.safetensors")])
+    digest = hashlib.sha256()
+    for path in kept:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -121,11 +121,10 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """I images as encoder levels (or pixels), with P prompts and their targets.
+    """I images as encoder levels, with P prompts and their targets.
 
-    `levels` maps a level's name to its tensor (I, C, H, W); `neck` is always there unless
-    `pixels` (I, 3, H, W), uint8, is. `rows` are store rows, `objects` indexes the store's
-    object columns, one per prompt.
+    `levels` maps a level's name to its tensor (I, C, H, W); `neck` is always there. `rows` are store
+    rows, `objects` indexes the store's object columns, one per prompt.
     """
 
     levels: dict[str, Float[Tensor, "I C H W"]]
@@ -133,7 +132,6 @@ class Batch:
     targets: Targets
     rows: np.ndarray
     objects: np.ndarray
-    pixels: Int[Tensor, "I 3 H W"] | None = None
 
     def select(self, index: Int[Tensor, "Q"]) -> "Batch":
         """The prompts named by `index` with only the images they ask about."""
@@ -145,7 +143,6 @@ class Batch:
             targets=Targets(self.targets.masks[index], self.targets.valid[images], self.targets.weights[index]),
             rows=self.rows[images.cpu().numpy()],
             objects=self.objects[index.cpu().numpy()],
-            pixels=None if self.pixels is None else self.pixels[images],
         )
 
     def chunks(self, budget: int) -> Iterator["Batch"]:
@@ -162,5 +159,4 @@ class Batch:
             levels={name: level.to(device, non_blocking=True) for name, level in self.levels.items()},
             prompts=self.prompts.to(device),
             targets=self.targets.to(device),
-            pixels=None if self.pixels is None else self.pixels.to(device, non_blocking=True),
         )

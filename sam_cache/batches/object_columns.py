@@ -34,7 +34,11 @@ def object_columns(
     rles: list[bytes] = []
     for number, row in numbered_rows:
         image = dataset.images[number]
-        for found in dataset.objects(number):
+        objects = dataset.objects(number)
+        if objects and not image.height * image.width:
+            dataset.problems.append(f"image {image.id} ({image.path}): has objects but no size; give its record one")
+            objects = []
+        for found in objects:
             points = deterministic_points(found.rle, image.height, image.width)
             values = (
                 row,

@@ -63,7 +63,7 @@ def pixel_batches(
         number, row = pair
         try:
             return _load(dataset, number, row, how)
-        except ImageError as error:
+        except (ImageError, OSError) as error:  # OSError: from a dataset given in Python
             return row, str(error)
 
     loaded = run_ahead(load, numbered_rows, threads, ahead=batch_size + threads)

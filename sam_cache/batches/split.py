@@ -1,23 +1,21 @@
 """Which images are held out from training."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
+HELD_OUT_SPLITS = ("val", "test")
 
-def is_held_out(
-    image_ids: np.ndarray,
-    splits: list[str],
-    fraction: float,
-    seed: int,
-    names: tuple[str, ...] = ("val", "test"),
-) -> np.ndarray:
-    """A boolean per image. A named split decides where there are both kinds; else a hash of id and seed.
 
-    Splits whose name holds `val` or `test` are held out. The hash depends on the image id alone, so all
-    views of an image fall on one side and an image never changes sides when a dataset grows.
+def is_held_out(image_ids: np.ndarray, splits: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+    """A boolean per image. Named splits decide where there are both kinds; else a hash of id and seed.
+
+    Splits whose name holds `val` or `test` are held out. The hash depends on seed and image id alone, so
+    all views of an image fall on one side, and a dataset that grows keeps its sides, unless it was so
+    small that none fell under `fraction` and the nearest was taken.
     """
-    named = np.array([any(name in split.lower() for name in names) for split in splits], dtype=bool)
+    named = np.array([any(name in split.lower() for name in HELD_OUT_SPLITS) for split in splits], dtype=bool)
     if named.any() and not named.all():
         return named
     drawn = np.array([_uniform(image_id, seed) for image_id in image_ids.tolist()])

@@ -28,6 +28,13 @@ class Dataset:
     problems: list[str] = field(default_factory=list)
     _reported: set[int] = field(default_factory=set, repr=False)
 
+    def list_categories(self) -> list[dict]:
+        """The categories as COCO lists them; LVIS adds the frequency by which its AP is split."""
+        return [
+            {"id": id, "name": name} | ({"frequency": self.frequencies[id]} if id in self.frequencies else {})
+            for id, name in sorted(self.categories.items())
+        ]
+
     def objects(self, number: int) -> list[ObjectRecord]:
         """The usable objects of `images[number]`; what was wrong with the others goes to `problems`, once."""
         objects, problems = self.convert(number)

@@ -8,16 +8,20 @@ import numpy as np
 from sam_cache.batches import Annotator, Preprocessing, Sampling, is_held_out, object_columns
 from sam_cache.data import open_annotations
 from sam_cache.errors import DatasetError, StoreError
-from sam_cache.stages.progress import Bar, say
-from sam_cache.store import OK, EmbeddingStore, Table
+from sam_cache.stages.progress import Bar, say_some
+from sam_cache.store import OK, EmbeddingStore, StoreSpec, Table
 
 
 @dataclass(frozen=True)
 class CachedData:
-    """An opened store with the objects to use, and its readable rows as `train` and `held_out`."""
+    """An opened store with the objects to use, and its readable rows as `train` and `held_out`.
+
+    `categories` are those of the objects, as COCO lists them.
+    """
 
     store: EmbeddingStore
     objects: Table
+    categories: list[dict]
     train: np.ndarray
     held_out: np.ndarray
 
@@ -30,15 +34,19 @@ class CachedData:
                 f"{path}: {missing} of {len(store.shards())} shards are not committed; run the same "
                 "`samcache embed` again to finish it, or use what is there with --partial"
             )
-        objects = store.objects() if annotations is None else objects_from(annotations, store)
+        if annotations is None:
+            objects, categories = store.objects(), store.object_attributes()["categories"]
+        else:
+            objects, categories = objects_from(annotations, store)
         images = store.images
-        readable = store.row_states[images.rows] == OK
-        apart = is_held_out(images.ids, images.splits, held_out, seed)
-        return cls(store, objects, images.rows[readable & ~apart], images.rows[readable & apart])
+        useful = (store.row_states[images.rows] == OK) & np.isin(images.rows, objects["row"])
+        rows = images.rows[useful]
+        apart = is_held_out(images.ids[useful], images.splits[useful], held_out, seed)
+        return cls(store, objects, categories, rows[~apart], rows[apart])
 
     @property
     def rows(self) -> np.ndarray:
-        """All readable rows, in store order."""
+        """All readable rows with objects, in store order."""
         return np.sort(np.concatenate([self.train, self.held_out]))
 
     @property
@@ -48,14 +56,28 @@ class CachedData:
     def annotator(self, resolution: int, sampling: Sampling) -> Annotator:
         return Annotator(self.store.images, self.objects, self.preprocessing, resolution, sampling)
 
-    def holding_out(self, rows: list[int]) -> "CachedData":
-        """The same data with exactly `rows` held out, as a run recorded them."""
-        apart = np.isin(self.rows, rows)
-        return replace(self, train=self.rows[~apart], held_out=self.rows[apart])
+    def names(self, rows: np.ndarray) -> list[str]:
+        """What images are called in any store that holds them: id and path."""
+        images = self.store.images
+        number_of = dict(zip(images.rows.tolist(), range(len(images)), strict=True))
+        return [f"{images.ids[number_of[row]]} {images.paths[number_of[row]]}" for row in rows.tolist()]
+
+    def check_encoder(self, identity: dict, owner: str) -> None:
+        """Raises StoreError unless this store's embeddings mean the same as those of `identity`."""
+        other = StoreSpec.from_json(identity)
+        same = ("encoder", "preprocessing")
+        if differing := [text for text in self.store.spec.differences(other) if text.startswith(same)]:
+            raise StoreError(f"{self.store.path} != {owner}: {'; '.join(differing)}; use a store of the same encoder")
+
+    def holding_out(self, trained: list[str], held_out: list[str]) -> "CachedData":
+        """The same data, held out exactly as a run recorded by `names`; images it did not know are new."""
+        names, everything = np.array(self.names(self.rows)), self.rows
+        apart = np.isin(names, held_out) if np.isin(names, held_out).any() else ~np.isin(names, trained)
+        return replace(self, train=everything[~apart], held_out=everything[apart])
 
 
-def objects_from(annotations: Path, store: EmbeddingStore) -> Table:
-    """Objects of another annotation file for the store's images, matched by image id.
+def objects_from(annotations: Path, store: EmbeddingStore) -> tuple[Table, list[dict]]:
+    """Objects of another annotation file for the store's images, matched by image id; and its categories.
 
     Raises DatasetError where no image matches; images of another size are left out, and said.
     """
@@ -66,15 +88,15 @@ def objects_from(annotations: Path, store: EmbeddingStore) -> Table:
         if (image := place.get(record.id)) is None:
             continue
         if (record.height, record.width) != (images.heights[image], images.widths[image]):
-            misfits.append(record.path)
+            misfits.append(f"{annotations}: {record.path} has another size than in {store.path}")
         else:
             pairs.append((number, int(images.rows[image])))
-    if misfits:
-        say(f"{annotations}: {len(misfits)} images have another size than in the store, left out: {misfits[0]}, ...")
     if not pairs:
         raise DatasetError(
             f"{annotations}: none of its {len(dataset.images)} image ids is in {store.path}; "
             "use the annotations of the images that were embedded"
         )
     with Bar("reading annotations", len(pairs), "images") as bar:
-        return object_columns(dataset, pairs, bar.advance)
+        table = object_columns(dataset, pairs, bar.advance)
+    say_some("skipped", misfits + dataset.problems)
+    return table, dataset.list_categories()

@@ -12,7 +12,7 @@ from sam_cache.model import Encoder, load_encoder, size_of
 from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device, pick_precision
 from sam_cache.stages.embedding_store import checkpoint_of, open_store, recorded
-from sam_cache.stages.progress import Bar, say, stop_on_signals
+from sam_cache.stages.progress import Bar, say, say_some, stop_on_signals
 from sam_cache.stages.source import open_source
 from sam_cache.store import FAILED, OK, EmbeddingStore, ShardBusy
 
@@ -40,8 +40,9 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
         say(f"{cfg.model}: {size.origin}; no pretrained knowledge is in them")
     store = open_store(cfg, source, encoder, how, precision, recorded(cfg, dataset is None))
 
-    todo = store.uncommitted()
     number_of = {row: number for number, row in enumerate(store.images.rows.tolist())}
+    # Under --limit the store may hold more images than are asked for now.
+    todo = [shard for shard in store.uncommitted() if number_of[shard.rows[-1]] < len(source.images)]
     notes: Counter[str] = Counter()
     with stop_on_signals() as stop, Bar("embedding", sum(len(shard.rows) for shard in todo), "images") as bar:
         for shard in ranks.share(todo):
@@ -76,15 +77,8 @@ def report(cfg: EmbedConfig, store: EmbeddingStore, dataset: Dataset, notes: Cou
     states = store.row_states[store.images.rows]
     for note, count in notes.most_common():
         say(f"{count} images: {note}")
-    for problem in dataset.problems[:20]:
-        say(f"skipped: {problem}")
-    if len(dataset.problems) > 20:
-        say(f"... and {len(dataset.problems) - 20} more annotations")
-    failures = store.failures()
-    for row, message in failures[:20]:
-        say(f"row {row} failed: {message}")
-    if len(failures) > 20:
-        say(f"... and {len(failures) - 20} more images; `samcache info --store {cfg.store}` lists them")
+    say_some("skipped", dataset.problems)
+    say_some("failed", [f"row {row}: {message}" for row, message in store.failures()])
     moved = store.objects()["centroid_moved"]
     if len(moved):
         say(f"{len(moved)} objects; {moved.mean():.1%} of the centroids fell outside their mask and were moved")
@@ -92,5 +86,6 @@ def report(cfg: EmbedConfig, store: EmbeddingStore, dataset: Dataset, notes: Cou
     say(
         f"{cfg.store}: {what}, {(states == OK).sum()} of {len(states)} images embedded, "
         f"{(states == FAILED).sum()} failed"
+        + ("; try these again with `samcache verify --retry-failed`, then embed" if (states == FAILED).any() else "")
     )
     return 1 if cfg.strict and (states == FAILED).any() else 0

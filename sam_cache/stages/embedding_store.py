@@ -33,24 +33,21 @@ def open_store(
     check_space(cfg.store, spec, len(dataset.images))
 
     attributes: dict = {}
+    known = EmbeddingStore.open(cfg.store).object_attributes()["categories"] if cfg.store.exists() else []
 
     def prepare(records) -> Table:
         first = len(dataset.images) - len(records)
         with Bar("reading objects", len(records), "images") as bar:
             table = object_columns(dataset, ((first + row, row) for row in range(len(records))), bar.advance)
-        attributes["categories"] = list_categories(dataset)  # class-index masks name theirs as they are read
+        # Class-index masks name their categories as they are read, so those read before count too.
+        named = {category["id"]: category for category in known + dataset.list_categories()}
+        attributes["categories"] = [named[id] for id in sorted(named)]
+        attributes["skipped"] = dataset.problems
+        attributes["dataset"] = recorded["dataset"]
         return table
 
     base = top_to_bytes(load_top(cfg.model, checkpoint_of(cfg), cfg.input_size))
     return EmbeddingStore.create_or_resume(cfg.store, spec, dataset.images, prepare, base, recorded, attributes)
-
-
-def list_categories(dataset: Dataset) -> list[dict]:
-    """As COCO lists them; LVIS adds how frequent each is, by which its AP is split."""
-    return [
-        {"id": id, "name": name} | ({"frequency": dataset.frequencies[id]} if id in dataset.frequencies else {})
-        for id, name in sorted(dataset.categories.items())
-    ]
 
 
 def recorded(cfg: EmbedConfig, described: bool) -> dict:

@@ -1,6 +1,5 @@
 """Score a run beside untouched SAM: per prompt kind and object size, as AP, and in pictures."""
 
-import copy
 import json
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from sam_cache.stages.progress import Bar, say
 from sam_cache.stages.report import draw_answers, ground_truth, print_report, to_detection
 from sam_cache.stages.scoring import ask
 from sam_cache.stages.source import Pictures
+from sam_cache.stages.training_setup import START
 from sam_cache.training import RunFolder, load_trained
 
 UNTOUCHED, TUNED = "untouched", "tuned"
@@ -62,7 +62,7 @@ def evaluate(cfg: EvalConfig) -> int:
     report = {
         "store": str(cfg.store),
         "run": str(cfg.run) if cfg.run else None,
-        "rows": {"which": cfg.rows, "count": len(rows), "rows": [int(row) for row in rows]},
+        "rows": {"which": cfg.rows, "count": len(rows), "images": data.names(rows)},
         "seed": cfg.seed,
         **{name: summarise(column, cfg.seed) for name, column in columns.items()},
     }
@@ -70,7 +70,7 @@ def evaluate(cfg: EvalConfig) -> int:
         report["gain"] = compare(columns[TUNED], columns[UNTOUCHED], cfg.seed)
     if cfg.average_precision:
         truth = ground_truth(data, rows)
-        style = "lvis" if (data.store.recorded["dataset"] or {}).get("dataset") == "lvis" else "coco"
+        style = "lvis" if (data.store.object_attributes()["dataset"] or {}).get("dataset") == "lvis" else "coco"
         report["average_precision"] = {}
         for (name, kind), found in detections.items():
             report["average_precision"].setdefault(kind, {})[name] = average_precision(truth, found, style)
@@ -88,17 +88,20 @@ def open_data(cfg: EvalConfig) -> CachedData:
     )
     if cfg.run is None:
         return data
-    record = RunFolder(cfg.run, resume=True).read_json("record.json")
-    if Path(record["store"]) == cfg.store.resolve():
-        return data.holding_out(record["held_out"])
-    say(f"{cfg.run} was trained on {record['store']}; held-out rows of {cfg.store} are drawn by --held-out and --seed")
-    return data
+    record = RunFolder.open(cfg.run).read_json("record.json")
+    data.check_encoder(record["identity"], str(cfg.run))
+    if not set(record["trained"] + record["held_out"]) & set(data.names(data.rows)):
+        say(f"{cfg.run} was trained on other images; held-out rows are drawn by --held-out and --seed")
+        return data
+    return data.holding_out(record["trained"], record["held_out"])
 
 
 def open_networks(cfg: EvalConfig, data: CachedData, device: torch.device) -> dict[str, nn.Module]:
     """Untouched SAM, and the run's best checkpoint put over a copy of it."""
     networks: dict[str, nn.Module] = {UNTOUCHED: top_from_bytes(data.store.base)}
     if cfg.run is not None:
-        networks[TUNED] = copy.deepcopy(networks[UNTOUCHED])
-        load_trained(networks[TUNED], RunFolder(cfg.run, resume=True).load_weights("best"), str(cfg.run))
+        run = RunFolder.open(cfg.run)
+        start = run.path / START
+        networks[TUNED] = top_from_bytes(start.read_bytes() if start.exists() else data.store.base)
+        load_trained(networks[TUNED], run.load_weights("best"), str(cfg.run))
     return {name: network.to(device).eval() for name, network in networks.items()}

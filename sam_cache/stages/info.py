@@ -48,5 +48,6 @@ def describe(store: EmbeddingStore) -> dict:
             name: {"on disk": size, "per row": store.spec.levels[name].nbytes}
             for name, size in store.bytes_on_disk().items()
         },
+        "skipped annotations": dict(enumerate(store.object_attributes().get("skipped", []), start=1)),
         "failures": {f"row {row}": message for row, message in store.failures()},
     }

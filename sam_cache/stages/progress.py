@@ -24,6 +24,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def say_some(what: str, lines: list[str], most: int = 20) -> None:
+    """The first lines of a long list, and how many there are more."""
+    for line in lines[:most]:
+        say(f"{what}: {line}")
+    if len(lines) > most:
+        say(f"{what}: ... and {len(lines) - most} more")
+
+
 class _Rate(ProgressColumn):
     def render(self, task) -> Text:
         unit = task.fields["unit"]

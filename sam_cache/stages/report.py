@@ -60,7 +60,7 @@ def ground_truth(data: CachedData, rows: np.ndarray) -> dict:
     chosen = np.flatnonzero(np.isin(objects["row"], rows))
     return {
         "images": [_image(images, number_of[int(row)]) for row in rows],
-        "categories": data.store.object_attributes("main")["categories"],
+        "categories": data.categories,
         "annotations": [_annotation(data, int(index), number_of) for index in chosen],
     }
 

@@ -47,7 +47,7 @@ class Pictures:
         self._images = store.images
         self._intensity = store.spec.preprocessing["intensity"]
         self._records = {}
-        knobs = store.recorded["dataset"]
+        knobs = store.object_attributes()["dataset"]  # of the newest images, and so of all
         if knobs is None:
             return say("overlays are drawn on grey: the store was made from a dataset given in Python")
         try:

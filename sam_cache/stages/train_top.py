@@ -1,8 +1,5 @@
 """Stage 2: train prompt encoder and mask decoder from a store alone."""
 
-import time
-from pathlib import Path
-
 import numpy as np
 
 from sam_cache.batches import CachedBatches, Cursor, Sampling
@@ -15,8 +12,16 @@ from sam_cache.stages.cached_data import CachedData
 from sam_cache.stages.decoding import SamObjective
 from sam_cache.stages.device import pick_device, pick_mask_budget, pick_precision
 from sam_cache.stages.progress import Bar, say, stop_on_signals
-from sam_cache.stages.training_setup import describe, make_evaluation, make_optimizer, open_top, set_pace
-from sam_cache.training import LossWeights, Progress, RunFolder, fit, load, make_accelerator
+from sam_cache.stages.training_setup import (
+    continue_run,
+    describe,
+    make_evaluation,
+    make_optimizer,
+    open_top,
+    set_pace,
+    start_run,
+)
+from sam_cache.training import LossWeights, Progress, fit, load, make_accelerator
 
 
 def train_top(cfg: TrainTopConfig) -> int:
@@ -28,7 +33,11 @@ def train_top(cfg: TrainTopConfig) -> int:
     precision = pick_precision(cfg.precision, device, "--precision")
     mixture = parse_prompts(cfg.prompts)
     data = CachedData.open(
-        cfg.store, annotations=cfg.annotations, partial=cfg.partial, held_out=cfg.held_out, seed=cfg.seed
+        cfg.store,
+        annotations=cfg.annotations,
+        partial=cfg.partial,
+        held_out=0 if cfg.eval_store else cfg.held_out,
+        seed=cfg.seed,
     )
     top = open_top(cfg, data).to(device)
     sampling = Sampling(mixture, cfg.seed, True, cfg.max_objects, cfg.scale_sampled)
@@ -39,18 +48,18 @@ def train_top(cfg: TrainTopConfig) -> int:
 
     mask_budget = pick_mask_budget(cfg.mask_budget, device)
     pace = set_pace(cfg, len(rows), mask_budget)
-    run = RunFolder(cfg.out or Path(f"runs/train-top-{time.strftime('%Y%m%d-%H%M%S')}"), resume=cfg.resume)
+    evaluate = make_evaluation(cfg, data, top, mixture, mask_budget, device)
+    record = describe(data, rows, top, precision)
+    run = continue_run(cfg, record) if cfg.resume else start_run(cfg, record, top)
     accelerator = make_accelerator(device, precision, run.path)
-    optimizer, schedule = make_optimizer(cfg, top, pace.steps)
+    optimizer, learning_rate_at = make_optimizer(cfg, top, pace.steps)
     top, optimizer = accelerator.prepare(top, optimizer)
     progress, cursor = Progress(), Cursor()
-    if cfg.resume and run.resumable:
-        progress, place = load(top, optimizer, schedule, run)
-        run.forget_metrics_after(progress.step)
+    if run.resumable:
+        progress, place = load(top, optimizer, run)
         cursor = Cursor(**place)
         say(f"{run.path}: going on from step {progress.step}")
-    run.write_json("config.json", cfg.model_dump(mode="json", by_alias=True))
-    run.write_json("record.json", describe(cfg, data, rows, top, precision))
+    run.forget_metrics_after(progress.step)
     count = sum(parameter.numel() for parameter in top.parameters() if parameter.requires_grad)
     say(f"{len(rows)} images to train on, {len(data.held_out)} held out; {count:,} parameters, {pace.steps} steps")
 
@@ -66,25 +75,13 @@ def train_top(cfg: TrainTopConfig) -> int:
         cursor=cursor,
     )
     objective = SamObjective(LossWeights(cfg.focal_weight, cfg.dice_weight, cfg.iou_weight))
-    evaluate = make_evaluation(cfg, data, top, mixture, mask_budget, device)
     with stop_on_signals() as stop, Bar("training", pace.steps, "steps", done=progress.step) as bar:
 
         def show(metrics: dict[str, float]) -> None:
             bar.advance(note=f"loss {metrics['loss']:.3f}")
 
         fit(
-            top,
-            batches,
-            objective,
-            evaluate,
-            optimizer,
-            schedule,
-            run,
-            accelerator,
-            pace,
-            progress,
-            stop,
-            show,
+            top, batches, objective, evaluate, optimizer, learning_rate_at, run, accelerator, pace, progress, stop, show
         )
     accelerator.end_training()
     draw_curves(run.metrics(), run.path / "curves.png")

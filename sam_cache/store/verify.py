@@ -51,12 +51,18 @@ class VerifyReport:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(store: EmbeddingStore | Path | str, progress: Progress | None = None, repair: bool = False) -> VerifyReport:
+def verify(
+    store: EmbeddingStore | Path | str,
+    progress: Progress | None = None,
+    repair: bool = False,
+    retry_failed: bool = False,
+) -> VerifyReport:
     """Read every byte of a store and compare it with what the ledger committed.
 
     `progress(done, total)` is called as bytes of shards have been read. With `repair` damaged
     shards lose their record and files, and damaged records go, so that the next embed run makes
-    just these again; tables, metadata and base weights are beyond repair. Raises StoreError when
+    just these again; tables, metadata and base weights are beyond repair. `retry_failed` does the
+    same to shards with failed rows. Raises StoreError when
     there is no store, or one of a newer format.
     """
     root = store.path if isinstance(store, EmbeddingStore) else Path(store)
@@ -73,7 +79,10 @@ def verify(store: EmbeddingStore | Path | str, progress: Progress | None = None,
         report.uncommitted = [index for index in shards if index not in ledger.shards]
     drafts = [*(root / "ledger").glob("partial/*"), *(root / "ledger").glob(".*.tmp")]
     report.leftovers = leftovers(root, ledger) + sorted(_name(root, path) for path in drafts)
-    if repair and report.damage:
+    bad = bad if repair else set()
+    if retry_failed:
+        bad |= {index for index, record in ledger.shards.items() if FAILED in record["states"]}
+    if bad or (repair and report.damage):
         _repair(root, bad)
         report.repaired = sorted(bad)
     return report

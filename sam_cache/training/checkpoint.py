@@ -1,7 +1,11 @@
-"""What a run needs to go on: trained parameters, optimizer, schedule, progress, place in the data."""
+"""What a run needs to go on: trained parameters, optimizer, progress, place in the data.
+
+The learning rate is a pure function of the step, and so needs no state.
+"""
 
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor, nn
 
 from sam_cache.errors import CheckpointError
@@ -22,21 +26,29 @@ def trained_parameters(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in network.named_parameters() if value.requires_grad}
 
 
-def save(network, batches, optimizer, schedule, run: RunFolder, progress: Progress, best: bool) -> None:
-    optimizer_state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    state = {"progress": asdict(progress), "batches": batches.state()}
-    run.save(progress.step, trained_parameters(network), optimizer_state, state, best)
+def save(
+    network: nn.Module,
+    place: dict[str, int],
+    optimizer: torch.optim.Optimizer,
+    run: RunFolder,
+    progress: Progress,
+    best: bool,
+) -> None:
+    """Commit a checkpoint; `place` is the batches' state."""
+    state = {"progress": asdict(progress), "batches": place}
+    run.save(progress.step, trained_parameters(network), optimizer.state_dict(), state, best)
 
 
-def load(network, optimizer, schedule, run: RunFolder) -> tuple[Progress, dict[str, int]]:
+def load(network: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder) -> tuple[Progress, dict[str, int]]:
     """Restore the last checkpoint; returns the loop's progress and the state of its batches.
 
-    Raises CheckpointError when it was trained with other parts than `network` trains now.
+    Raises CheckpointError when other parameters were trained than `network` trains now.
     """
     weights, optimizer_state, state = run.load_training()
+    if other := weights.keys() ^ trained_parameters(network).keys():
+        raise CheckpointError(f"{run.path}: {min(other)} is trained in one run and frozen in the other; keep --train")
     load_trained(network, weights, str(run.path))
-    optimizer.load_state_dict(optimizer_state["optimizer"])
-    schedule.load_state_dict(optimizer_state["schedule"])
+    optimizer.load_state_dict(optimizer_state)
     return Progress(**state["progress"]), state["batches"]
 
 

@@ -45,7 +45,7 @@ def fit(
     losses_of: Losses,
     evaluate: Callable[[], dict[str, float]],
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    learning_rate_at: Callable[[int], float],
     run: RunFolder,
     accelerator: Accelerator,
     pace: Pace,
@@ -83,9 +83,10 @@ def fit(
             )
         if pace.clip:
             metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(network.parameters(), pace.clip))
-        metrics["learning_rate"] = schedule.get_last_lr()[0]
+        metrics["learning_rate"] = learning_rate_at(progress.step)
+        for group in optimizer.param_groups:
+            group["lr"] = metrics["learning_rate"]
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
 
@@ -102,8 +103,8 @@ def fit(
         accelerator.log(metrics, step=progress.step)
         on_step(metrics)
         if best or progress.step % pace.save_every == 0 or progress.step == pace.steps:
-            save(network, batches, optimizer, schedule, run, progress, best)
+            save(network, batches.state(), optimizer, run, progress, best)
             saved = progress.step
     if saved != progress.step:
-        save(network, batches, optimizer, schedule, run, progress, best=False)
+        save(network, batches.state(), optimizer, run, progress, best=False)
     return progress

@@ -23,13 +23,25 @@ from sam_cache.errors import CheckpointError, UsageError
 
 
 class RunFolder:
-    """Opens or creates `path`. A folder that already holds a run is refused unless `resume`."""
+    """Made by `create`, found again by `open`."""
 
-    def __init__(self, path: Path, *, resume: bool = False):
+    def __init__(self, path: Path):
         self.path = path
-        if (path / "config.json").exists() and not resume:
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """Raises UsageError where there is a run already."""
+        if (path / "config.json").exists():
             raise UsageError(f"{path}: already holds a run; add --resume to go on, or choose another --out")
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Raises CheckpointError where there is no run."""
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{path}: no run there; name the folder that train-top wrote")
+        return cls(path)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         _write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
@@ -64,7 +76,7 @@ class RunFolder:
         for file in aside.iterdir():
             _sync(file)
         final = folder / f"step-{step:06d}"
-        if final.exists():  # a resumed run that stops where it started
+        if final.exists():  # killed after the rename, before `last` named it
             shutil.rmtree(final)
         aside.rename(final)
         _sync(folder)

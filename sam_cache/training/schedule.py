@@ -14,26 +14,25 @@ def learning_rate_factor(
     kind: str = "cosine",
     milestones: Sequence[int] = (),
     gamma: float = 0.1,
-    final: float = 0.0,
 ) -> float:
     """What the base learning rate is multiplied by at optimizer step `step`, counted from 0.
 
     It rises linearly over the first `warmup` steps (1 / warmup, 2 / warmup, ..., 1) and then
     follows `kind`:
 
-        cosine    half a cosine from 1 down to `final` at step `total`, and `final` from there on
+        cosine    half a cosine from 1 down to 0 at step `total`, and 0 from there on
         step      multiplied by `gamma` at each of the ascending `milestones`, which count from
                   step 0 (SAM: warm-up 250, milestones 60,000 and 86,666 of 90,000)
         constant  1
 
-    Made for `torch.optim.lr_scheduler.LambdaLR`. Raises UsageError for another kind.
+    Raises UsageError for another kind.
     """
     if step < warmup:
         return (step + 1) / warmup
     match kind:
         case "cosine":
             progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-            return final + (1 - final) * (1 + cos(pi * progress)) / 2
+            return (1 + cos(pi * progress)) / 2
         case "step":
             return gamma ** bisect_right(milestones, step)
         case "constant":

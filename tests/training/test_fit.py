@@ -63,27 +63,47 @@ class Stream:
         return {"position": self.position}
 
 
-def train(folder, steps, *, resume=False, evaluate=lambda: {"score": 0.0}, batches=None, objective=losses_of, **pace):
+def learning_rate_at(step):
+    return 0.1 * learning_rate_factor(step, 6, warmup=2)
+
+
+def train(folder, steps, *, resume=False, evaluate=lambda: {"score": 0.0}, objective=losses_of, stop_at=None, **pace):
     network = Scale()
-    run = RunFolder(folder, resume=resume)
+    run = RunFolder.open(folder) if resume else RunFolder.create(folder)
     run.write_json("config.json", {})
     accelerator = make_accelerator(torch.device("cpu"), "fp32", folder)
     optimizer = torch.optim.AdamW([network.factor], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, 100, warmup=3))
-    progress, batches = Progress(), batches or Stream()
+    progress, batches = Progress(), Stream()
     if resume:
-        progress, state = load(network, optimizer, schedule, run)
+        progress, state = load(network, optimizer, run)
         batches = Stream(state["position"])
     pace = Pace(**({"steps": steps, "evaluate_every": 100, "save_every": 100} | pace))
-    fit(network, batches, objective, evaluate, optimizer, schedule, run, accelerator, pace, progress)
+
+    def should_stop():
+        return progress.step == stop_at
+
+    fit(
+        network,
+        batches,
+        objective,
+        evaluate,
+        optimizer,
+        learning_rate_at,
+        run,
+        accelerator,
+        pace,
+        progress,
+        should_stop,
+    )
     accelerator.end_training()
     return network, run
 
 
 def test_resumed_equals_uninterrupted(tmp_path):
+    """Stopped twice, in the warm-up and in the decay."""
     straight, straight_run = train(tmp_path / "straight", 6)
-    train(tmp_path / "parts", 2)
-    train(tmp_path / "parts", 5, resume=True)
+    train(tmp_path / "parts", 6, stop_at=1)
+    train(tmp_path / "parts", 6, stop_at=4, resume=True)
     parts, parts_run = train(tmp_path / "parts", 6, resume=True)
     assert torch.equal(straight.factor, parts.factor)
     drop = ("images_per_second", "held_out/score")
@@ -95,9 +115,11 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 
 def test_chunks_give_the_gradient_of_the_whole(tmp_path):
-    whole, _ = train(tmp_path / "whole", 1, mask_budget=100)
-    chunked, _ = train(tmp_path / "chunked", 1, mask_budget=2)
-    assert torch.allclose(whole.factor, chunked.factor, rtol=1e-6)
+    """Seen before the optimizer, which would hide a wrong scale: Adam's first step has only signs."""
+    _, whole = train(tmp_path / "whole", 1, mask_budget=100, clip=1e9)
+    _, chunked = train(tmp_path / "chunked", 1, mask_budget=2, clip=1e9)
+    for name in ("gradient_norm", "loss"):
+        assert chunked.metrics()[0][name] == pytest.approx(whole.metrics()[0][name], rel=1e-6)
 
 
 def test_accumulation_is_one_weighted_mean_over_all_prompts(tmp_path):
@@ -130,18 +152,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
     with pytest.raises(SamcacheError, match=r"step 2: loss is nan on rows \[2, 3, 4\]"):
         train(tmp_path, 4, save_every=1, objective=objective)
-    assert RunFolder(tmp_path, resume=True).load_training()[2]["progress"]["step"] == 1
+    assert RunFolder.open(tmp_path).load_training()[2]["progress"]["step"] == 1
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     train(tmp_path, 1)
     with pytest.raises(UsageError, match="--resume"):
-        RunFolder(tmp_path)
+        RunFolder.create(tmp_path)
 
 
 def test_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no best checkpoint"):
-        RunFolder(tmp_path).load_weights()
+        RunFolder.create(tmp_path).load_weights()
 
 
 def test_select_keeps_prompts_with_their_images():

@@ -10,12 +10,12 @@ def test_warmup_is_linear_and_ends_at_one():
     assert factors == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_cosine_falls_to_final():
-    factors = [learning_rate_factor(step, 10, warmup=2, final=0.1) for step in range(2, 14)]
+def test_cosine_falls_to_zero():
+    factors = [learning_rate_factor(step, 10, warmup=2) for step in range(2, 14)]
     assert factors[0] == 1
-    assert factors[4] == pytest.approx(0.55)  # half way
+    assert factors[4] == pytest.approx(0.5)  # half way
     assert factors == sorted(factors, reverse=True)
-    assert factors[8:] == [pytest.approx(0.1)] * 4
+    assert factors[8:] == [pytest.approx(0.0)] * 4
 
 
 def test_steps_of_the_paper():

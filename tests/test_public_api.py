@@ -1,4 +1,5 @@
 import importlib.util
+import re
 from pathlib import Path
 
 import sam_cache
@@ -28,3 +29,9 @@ def test_custom_dataset_example_runs(tmp_path, monkeypatch):
     specification.loader.exec_module(example)
     example.main(tmp_path / "out", model="tiny", steps=2)
     assert (tmp_path / "out" / "eval" / "report.json").exists()
+
+
+def test_no_placeholder_is_left_in_what_people_read():
+    for path in [ROOT / "README.md", *(ROOT / "pipelines").glob("*"), *(ROOT / "benchmarks").glob("*.md")]:
+        if path.is_file():
+            assert not re.findall(r"@[A-Z]+@", path.read_text()), path

@@ -36,8 +36,8 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
     how = Preprocessing(size.input_size, cfg.fit, cfg.normalise, cfg.resize, cfg.intensity)
     encoder = load_encoder(cfg.model, checkpoint_of(cfg), cfg.input_size, cfg.normalise)
     encoder.to(device, DTYPES[precision])
-    if not size.checkpoint:
-        say(f"{cfg.model}: {size.origin}; no pretrained knowledge is in them")
+    if checkpoint_of(cfg) is None:
+        say(f"{cfg.model}: weights drawn from a fixed seed, it knows nothing of the world yet")
     store = open_store(cfg, source, encoder, how, precision, recorded(cfg, dataset is None))
 
     number_of = {row: number for number, row in enumerate(store.images.rows.tolist())}

@@ -2,6 +2,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """A test sees the same numbers alone and in company."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,8 @@ def test_full_size_decoder_equals_upstream(redraw, make_prompts, decode_one_by_o
     found = top({"neck": neck}, prompts, True)
     assert relative(found.logits, expected[0]) < 1e-5
     grads = gradients(top, neck, *found), gradients(top, neck, *expected)
-    assert_same_gradients(*grads, bound=1e-5, floor=1e-4)
+    # Longer sums than in the tiny model: upstream's rounding shows in gradients a little larger.
+    assert_same_gradients(*grads, bound=1e-5, floor=3e-4)
 
 
 def test_absorbed_equals_plain_attention(tiny_top, neck, prompts, monkeypatch, relative):

@@ -151,3 +151,19 @@ def test_other_annotations_replace_the_stores_objects(samcache, dataset, tmp_pat
     (tmp_path / "c.json").write_text(json.dumps(content | {"annotations": []}))
     assert samcache(*arguments, "--annotations", "c.json") == 1
     assert "none of its 14 image ids" in capsys.readouterr().err
+
+
+def test_a_failed_image_can_be_tried_again(samcache, tmp_path):
+    (tmp_path / "images").mkdir()
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), picture)
+    records = [{"id": n, "file_name": name, "height": 60, "width": 80} for n, name in enumerate(("a.png", "b.png"))]
+    annotations = [box_annotation(n + 1, n, 10, 10, 30, 20) for n in range(2)]
+    content = {"images": records, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert samcache(*COCO, *TINY, "--strict") == 1
+    cv2.imwrite(str(tmp_path / "images" / "b.png"), picture)
+    assert samcache(*COCO, *TINY, "--strict") == 1  # committed is committed
+    assert samcache("verify", "--store", "s.zarr", "--retry-failed") == 0
+    assert samcache(*COCO, *TINY, "--strict") == 0
+    assert EmbeddingStore.open(tmp_path / "s.zarr").row_states.tolist() == [OK, OK]

@@ -80,7 +80,7 @@ def run_recipe(
     name: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or the path of a TOML file.")
     ],
-    root: Annotated[Path | None, typer.Option(help="Dataset folder for the recipe's embed stage.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Dataset folder for the recipe's stages that read one.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one value; repeatable."),

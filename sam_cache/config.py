@@ -28,8 +28,13 @@ def _split_integers(value: Any) -> Any:
     return tuple(int(part) for part in value.split(",") if part.strip()) if isinstance(value, str) else tuple(value)
 
 
+def _split_names(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else tuple(value)
+
+
 # Written "1,2" on the command line, [1, 2] in a recipe.
 Integers = Annotated[tuple[int, ...], BeforeValidator(_split_integers), PlainSerializer(list)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names), PlainSerializer(list)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -54,6 +59,9 @@ class DatasetKnobs(StageConfig):
     objects_per: Literal["class", "component"] = Field(
         "class", description="Class-index masks: one object per class, or per connected component."
     )
+    classes: Integers | None = Field(
+        None, description="Class-index masks: values that are classes; any other is an error in that mask."
+    )
     ignore_values: Integers | None = Field(
         None, description="Class-index masks: values that are no object. Default: 0 and 255."
     )
@@ -66,17 +74,14 @@ class DeviceKnobs(StageConfig):
     device: Device | None = Field(None, description="Default: cuda where there is one, else cpu.")
 
 
-class EmbedConfig(DeviceKnobs, DatasetKnobs):
-    model: Model = Field("vit_h", description="Size of SAM; nano has fixed-seed weights and needs no file.")
+class ModelKnobs(StageConfig):
+    model: Model = Field("vit_h", description="Size of SAM; nano comes trained with the package.")
     checkpoint: Path | None = Field(
         None, description="Weights file. Default: the official file name under $SAMCACHE_HOME/checkpoints."
     )
-    store: Path = Field(Path("emb.zarr"), description="Store to create, or to finish.")
-    dtype: Literal["fp16", "fp32", "bf16"] = Field("fp16", description="Storage type of the embeddings.")
-    codec: Literal["raw", "zstd", "blosc"] = Field("raw", description="Compression of stored rows.")
-    shard_rows: Positive = Field(64, description="Rows in one shard, the unit of an atomic write.")
-    batch_size: Positive = Field(1, description="Images per encoder call.")
-    compute_dtype: Precision | None = Field(None, description="Encoder arithmetic. Default: bf16 on cuda, else fp32.")
+
+
+class PixelKnobs(StageConfig):
     input_size: Positive | None = Field(None, description="Side of the square input. Default: the model's, 1024.")
     fit: Literal["longest", "squash"] = Field(
         "longest", description="longest: keep the aspect ratio and pad; squash: fill the square."
@@ -86,40 +91,74 @@ class EmbedConfig(DeviceKnobs, DatasetKnobs):
         "upstream", description="upstream: SamPredictor's bytes; fast: 5x quicker, up to 2 grey levels off."
     )
     intensity: Literal["full", "percentile"] = Field("full", description="How 16-bit images become 8-bit.")
+
+
+class EmbedConfig(DeviceKnobs, DatasetKnobs, ModelKnobs, PixelKnobs):
+    store: Path = Field(Path("emb.zarr"), description="Store to create, or to finish.")
+    dtype: Literal["fp16", "fp32", "bf16"] = Field("fp16", description="Storage type of the embeddings.")
+    codec: Literal["raw", "zstd", "blosc"] = Field("raw", description="Compression of stored rows.")
+    shard_rows: Positive = Field(64, description="Rows in one shard, the unit of an atomic write.")
+    batch_size: Positive = Field(1, description="Images per encoder call.")
+    compute_dtype: Precision | None = Field(None, description="Encoder arithmetic. Default: bf16 on cuda, else fp32.")
     threads: Positive = Field(4, description="Threads that decode images ahead of the encoder.")
     strict: bool = Field(False, description="Exit 1 when any image was skipped.")
 
 
-class PromptKnobs(StageConfig):
+class SplitKnobs(StageConfig):
     seed: int = Field(0, ge=0, description="Seed of order, sampling and prompts.")
     held_out: Fraction = Field(
         0.1, description="Share of images kept for evaluation where the dataset names no split; 0 keeps none."
     )
+
+
+class ObjectKnobs(StageConfig):
     annotations: Path | None = Field(
         None, description="COCO or LVIS JSON whose objects replace the store's for this run."
     )
     partial: bool = Field(False, description="Work with the committed rows of an unfinished store.")
 
 
-class TrainTopConfig(DeviceKnobs, PromptKnobs):
-    store: Path = Field(Path("emb.zarr"), description="Store to train from.")
-    out: Path | None = Field(None, description="Run folder. Default: runs/train-top-<time>.")
+class TrainingKnobs(StageConfig):
+    out: Path | None = Field(None, description="Run folder. Default: runs/<stage>-<time>.")
     resume: bool = Field(False, description="Go on from the last checkpoint in --out.")
-    checkpoint: Path | None = Field(None, description="Weights to start from, instead of the store's base weights.")
-    train: str = Field("prompt,decoder", description="Parts to train: prompt, decoder.")
     prompts: str = Field("point,box", description="Prompt kinds, optionally weighted: box:2,centroid.")
+    corrections: int = Field(
+        0, ge=0, description="Rounds after the first, each with the mask so far and a click where it errs."
+    )
+    sampling: Literal["image", "object", "repeat-factor"] = Field(
+        "image", description="What an epoch visits once: images, objects, or images by their rarest category (LVIS)."
+    )
+    repeat_threshold: float = Field(
+        0.001,
+        gt=0,
+        lt=1,
+        description="Repeat-factor sampling: categories in fewer images than this share come oftener.",
+    )
     steps: Positive | None = Field(None, description="Optimizer steps to train to.")
-    epochs: Positive | None = Field(None, description="Passes over the training rows to train to. Default: 10.")
-    batch_size: Positive = Field(4, description="Images per batch.")
+    epochs: Positive | None = Field(None, description="Passes over the training images to train to. Default: 10.")
+    batch_size: Positive = Field(4, description="Images per batch, those of all processes together.")
     accumulation: Positive = Field(1, description="Batches per optimizer step.")
-    max_objects: Positive = Field(32, description="Objects sampled from one image in one epoch.")
+    max_objects: Positive = Field(32, description="Objects asked for at one visit of an image.")
     scale_sampled: bool = Field(
         False, description="Weigh sampled objects by n/kept, so that crowded images count in full."
     )
     mask_budget: Positive | None = Field(
         None, description="Prompts decoded at once; the gradient does not depend on it. Default: 64 on cuda, else 16."
     )
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW learning rate after warm-up.")
+    loss: Literal["focal-dice", "bce-iou", "balanced-bce-iou", "points"] = Field(
+        "focal-dice", description="SAM's loss, SAM-Adapter's two, or cross entropy and Dice at 1,024 points."
+    )
+    mask_weight: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Weight of the loss's first part. Default: 20 for focal-dice, else 1."
+    )
+    overlap_weight: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Weight of its second part, Dice or IoU. Default: 1."
+    )
+    iou_weight: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Weight of the IoU head's squared error. Default: 1."
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="Learning rate after warm-up, of AdamW.")
+    least_rate: float = Field(0.0, ge=0, description="Learning rate at which the cosine ends.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
     warmup: int = Field(50, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="Decay after warm-up.")
@@ -127,19 +166,71 @@ class TrainTopConfig(DeviceKnobs, PromptKnobs):
     gamma: float = Field(0.1, gt=0, description="Factor of one decay of the step schedule.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
     precision: Precision | None = Field(None, description="Autocast type. Default: bf16 on cuda, else fp32.")
-    focal_weight: float = Field(20.0, ge=0, description="Weight of the focal loss.")
-    dice_weight: float = Field(1.0, ge=0, description="Weight of the dice loss.")
-    iou_weight: float = Field(1.0, ge=0, description="Weight of the IoU head's squared error.")
     evaluate_every: Positive | None = Field(None, description="Steps between evaluations. Default: ten in a run.")
     evaluate_images: Positive = Field(64, description="Held-out images looked at by each of these evaluations.")
-    eval_store: Path | None = Field(None, description="Evaluate on this store instead of held-out rows.")
+    best_by: str = Field("score", description="Metric of these that decides the best checkpoint, such as iou/box.")
+    patience: Positive | None = Field(None, description="Stop after so many evaluations without a better one.")
+    pictures: int = Field(4, ge=0, description="Held-out images drawn with their masks at each evaluation.")
     save_every: Positive | None = Field(None, description="Steps between checkpoints. Default: at evaluations.")
-    threads: Positive = Field(2, description="Threads that read rows and draw prompts ahead of the training step.")
+    trackers: Names = Field(("tensorboard",), description="Where metrics and pictures go: tensorboard, wandb.")
+    threads: Positive = Field(2, description="Threads that read images or rows ahead of the training step.")
 
 
-class EvalConfig(DeviceKnobs, PromptKnobs):
-    store: Path = Field(Path("emb.zarr"), description="Store to evaluate on.")
-    run: Path | None = Field(None, description="Run folder of train-top; without it, untouched SAM alone.")
+class TrainTopConfig(DeviceKnobs, SplitKnobs, ObjectKnobs, TrainingKnobs):
+    store: Path = Field(Path("emb.zarr"), description="Store to train from.")
+    checkpoint: Path | None = Field(None, description="Weights to start from, instead of the store's base weights.")
+    train: Names = Field(("prompt", "decoder"), description="Parts to train: prompt, no-mask, decoder.")
+    eval_store: Path | None = Field(None, description="Evaluate on this store instead of held-out rows.")
+
+
+class AdapterKnobs(StageConfig):
+    adapter: Literal["none", "sa", "lora", "spm"] = Field(
+        "none", description="What to train in the encoder: SAM-Adapter, LoRA, a spatial prior, or no adapter."
+    )
+    sa_variant: Literal["official", "between"] = Field(
+        "official", description="official: before every block; between: before the first and after each."
+    )
+    sa_scale_factor: int = Field(32, description="Official SAM-Adapter: encoder width over adapter width.")
+    sa_tune_width: int | None = Field(None, description="Width of the tuning layers. Default: as published.")
+    sa_bottleneck: int = Field(32, description="Between: inner width of an adapter.")
+    sa_mask_ratio: float = Field(0.25, description="Share of low frequencies taken out of the image.")
+    sa_start: Literal["official", "identity"] = Field(
+        "identity", description="Initial weights; identity leaves untouched SAM's masks as they are."
+    )
+    lora_rank: int = Field(4, description="Rank of the low-rank updates.")
+    lora_alpha: float = Field(4.0, description="Their scale is alpha over rank.")
+    lora_targets: Names = Field(("q", "v"), description="Layers they are added to: q, k, v, proj, mlp.")
+    lora_from_block: int = Field(0, description="First encoder block they are added to.")
+    spm_rank: int = Field(16, description="Rank of the layers that lead from the spatial prior to q, k and v.")
+    spm_channels: int = Field(256, description="Channels of its feature pyramid.")
+    spm_backbone: Path | None = Field(
+        None, description="Weights of its ResNet-50, a torchvision file. Default: random."
+    )
+
+
+class TrainFullConfig(DeviceKnobs, SplitKnobs, DatasetKnobs, ModelKnobs, PixelKnobs, AdapterKnobs, TrainingKnobs):
+    train: Names | None = Field(
+        None,
+        description="Parts to train: encoder, neck, prompt, no-mask, decoder. Default: "
+        "no-mask,decoder beside an adapter, else all.",
+    )
+    batch_size: Positive = Field(2, description="Images per batch, those of all processes together.")
+    augment: str = Field(
+        "none", description="hflip, vflip, rotate90, jitter:0.1-2.0, colour:0.2, with commas between; or none."
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="Factor on the learning rate for every layer farther from the masks."
+    )
+    checkpointing: bool | None = Field(
+        None, description="Keep block inputs alone for the backward; slower, far less memory. Default: on cuda."
+    )
+
+
+class EvalConfig(DeviceKnobs, SplitKnobs, ObjectKnobs):
+    store: Path | None = Field(
+        None, description="Store to evaluate on. Default: emb.zarr; a run of train-full brings its own images."
+    )
+    run: Path | None = Field(None, description="Run folder of a training; without it, untouched SAM alone.")
     prompts: str = Field("centroid,interior,point,box", description="Prompt kinds, each evaluated by itself.")
     rows: Literal["held-out", "all"] = Field("held-out", description="Rows to evaluate.")
     json_file: Path | None = Field(None, alias="json", description="Also write the report to this file.")
@@ -147,6 +238,27 @@ class EvalConfig(DeviceKnobs, PromptKnobs):
     overlays: int = Field(8, ge=0, description="Images drawn as overlays.")
     mask_budget: Positive | None = Field(None, description="Prompts decoded at once. Default: 64 on cuda, else 16.")
     average_precision: bool = Field(True, description="Also compute COCO or LVIS mask AP.")
+
+
+class RunKnobs(StageConfig):
+    run: Path = Field(description="Run folder of a training.")
+    which: Literal["best", "last"] = Field("best", description="Checkpoint to take.")
+    checkpoint: Path | None = Field(
+        None, description="Base weights of the run. Default: those it was trained from, where they were."
+    )
+
+
+class ExportConfig(DeviceKnobs, RunKnobs):
+    format: Literal["sam"] = Field("sam", description="Layout of the file: sam is segment_anything's own.")
+    out: Path = Field(Path("sam.pth"), description="File to write.")
+
+
+class PredictConfig(DeviceKnobs, RunKnobs):
+    images: Path = Field(description="Folder of images.")
+    boxes: Path | None = Field(None, description="COCO JSON whose boxes are the prompts, matched by file name.")
+    prompts: Literal["boxes", "none"] = Field("boxes", description="boxes: those of --boxes; none: one mask per image.")
+    out: Path = Field(Path("predictions"), description="Folder for predictions.json and masks/.")
+    mask_budget: Positive | None = Field(None, description="Prompts decoded at once. Default: 64 on cuda, else 16.")
 
 
 class VerifyConfig(DeviceKnobs):

@@ -20,8 +20,12 @@ from sam_cache import __version__
 from sam_cache.config import (
     EmbedConfig,
     EvalConfig,
+    ExportConfig,
     InfoConfig,
+    PredictConfig,
     StageConfig,
+    TrainFullConfig,
+    TrainingKnobs,
     TrainTopConfig,
     VerifyConfig,
     resolve,
@@ -64,13 +68,34 @@ STAGES = {
             "Train prompt encoder and mask decoder from a store.",
         ),
         Stage(
+            "train-full",
+            TrainFullConfig,
+            "train_full:train_full",
+            "Train end to end from images: adapters in the encoder, or any part of the network.",
+        ),
+        Stage(
             "eval",
             EvalConfig,
             "evaluate:evaluate",
             "Score a run beside untouched SAM, per prompt kind and size.",
         ),
+        Stage(
+            "export",
+            ExportConfig,
+            "export:export",
+            "Join a run's weights with their base into an official checkpoint, and check it.",
+        ),
+        Stage(
+            "predict",
+            PredictConfig,
+            "predict:predict",
+            "Segment a folder of images with a run: COCO JSON and PNG masks.",
+        ),
     )
 }
+
+
+READS_A_DATASET = {"embed", "train-full"}  # what --root is for
 
 
 def find(name: str) -> Path:
@@ -102,8 +127,8 @@ def plan(path: Path, root: Path | None, settings: list[str]) -> list[tuple[Stage
         if name not in tables:
             raise UsageError(f"--set {name}.{key}: {path.name} has no stage [{name}]; it has {', '.join(tables)}")
         tables[name][key] = value
-    if root is not None and "embed" in tables:
-        tables["embed"]["root"] = str(root)
+    for name in READS_A_DATASET & tables.keys() if root is not None else ():
+        tables[name]["root"] = str(root)
     known = {key for name in tables for key in _shared_with(STAGES[name], shared)}
     if unknown := [key for key in shared if key not in known]:
         raise UsageError(f"{path.name} [shared]: no stage of this recipe knows the key {unknown[0]!r}")
@@ -152,7 +177,7 @@ def run(name: str, *, root: Path | None, settings: list[str], start: str | None,
             print(f"{heading}: up to date, skipped", file=sys.stderr)
         else:
             print(f"{heading}", file=sys.stderr)
-            if isinstance(cfg, TrainTopConfig):
+            if isinstance(cfg, TrainingKnobs):
                 cfg = _continue_or_redo(cfg, ended_before=receipt.path.exists() or start is not None)
             receipt.path.unlink(missing_ok=True)
             if code := stage.load()(cfg) or 0:
@@ -161,7 +186,7 @@ def run(name: str, *, root: Path | None, settings: list[str], start: str | None,
     return 0
 
 
-def _continue_or_redo(cfg: TrainTopConfig, ended_before: bool) -> TrainTopConfig:
+def _continue_or_redo(cfg: TrainingKnobs, ended_before: bool) -> TrainingKnobs:
     """A run that was interrupted goes on; one that ended, or was configured otherwise, is put aside."""
     written = cfg.out / "config.json" if cfg.out else None
     if written is None or not written.exists():
@@ -191,7 +216,12 @@ class Receipt:
         digest = hashlib.sha256(f"{__version__} {stage.name} {knobs}".encode())
         # Training writes the run that evaluation reads, embedding writes the store that all others read:
         # an input is what is read only, so that a stage's own output does not outdate it.
-        inputs = {"embed": (), "train-top": ("store", "eval_store", "annotations", "checkpoint")}
+        # A dataset's images are not read for this: say --from where they have changed.
+        inputs = {
+            "embed": (),
+            "train-full": ("checkpoint",),
+            "train-top": ("store", "eval_store", "annotations", "checkpoint"),
+        }
         for field in inputs.get(stage.name, ("store", "run", "annotations")):
             if (source := getattr(cfg, field, None)) is not None:
                 digest.update(_fingerprint(source).encode())

@@ -13,12 +13,12 @@ Coordinate frames, used as suffixes of names:
     _input  pixels of the encoder's square input, after the resize and before the padding
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 
@@ -61,6 +61,10 @@ class Prompts:
     foreground and 0 for background. `boxes_xyxy_input[p]` counts only where `has_box[p]`.
     A prompt with neither points nor box is the kind `none`. `image_index[p]` says which image
     of the batch it asks about, `kind[p]` indexes `sam_cache.data.prompts.KINDS`.
+
+    `masks` are mask prompts: logits at the decoder's resolution, one per prompt; None where no prompt
+    has one. `chance[p]` are two numbers in [0, 1) that belong to the object and the epoch: whoever
+    needs chance later on, as for points or clicks, takes it from there, and not from a batch's place.
     """
 
     image_index: Int[Tensor, "P"]
@@ -70,6 +74,8 @@ class Prompts:
     offsets: Int[Tensor, "P+1"]
     boxes_xyxy_input: Float[Tensor, "P 4"]
     has_box: Bool[Tensor, "P"]
+    chance: Float[Tensor, "P 2"]
+    masks: Float[Tensor, "P h w"] | None = None
 
     def __len__(self) -> int:
         return len(self.image_index)
@@ -80,10 +86,26 @@ class Prompts:
 
         SAM answers those with three masks, everything else with one (Kirillov et al. 2023, section 3).
         """
-        return (self.offsets[1:] - self.offsets[:-1] == 1) & ~self.has_box
+        alone = (self.offsets.diff() == 1) & ~self.has_box
+        return alone if self.masks is None else torch.zeros_like(alone)
 
     def to(self, device: torch.device) -> "Prompts":
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+
+    @staticmethod
+    def join(parts: Sequence["Prompts"]) -> "Prompts":
+        """Prompts about one image each, after one another; part i asks about image i. None has masks."""
+        counts = [part.offsets.diff() for part in parts]
+        flat = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("kind", "points_xy_input", "labels", "boxes_xyxy_input", "has_box", "chance")
+        }
+        return Prompts(
+            image_index=torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts])),
+            offsets=torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(counts).cumsum(0)]),
+            **flat,
+        )
 
     def select(self, index: Int[Tensor, "Q"]) -> "Prompts":
         """The prompts named by `index`, in that order; image indices are kept."""
@@ -99,7 +121,28 @@ class Prompts:
             offsets=offsets,
             boxes_xyxy_input=self.boxes_xyxy_input[index],
             has_box=self.has_box[index],
+            chance=self.chance[index],
+            masks=None if self.masks is None else self.masks[index],
         )
+
+    def corrected(
+        self,
+        points_xy_input: Float[Tensor, "P 2"],
+        labels: Int[Tensor, "P"],
+        has_point: Bool[Tensor, "P"],
+        masks: Float[Tensor, "P h w"],
+    ) -> "Prompts":
+        """The same prompts with one point more at the end of each of `has_point`, and with masks."""
+        counts = self.offsets.diff()
+        offsets = torch.cat([counts.new_zeros(1), (counts + has_point).cumsum(0)])
+        added = offsets[1:][has_point] - 1
+        kept = torch.ones(int(offsets[-1]), dtype=torch.bool, device=counts.device)
+        kept[added] = False
+        points = points_xy_input.new_empty(len(kept), 2)
+        points[kept], points[added] = self.points_xy_input, points_xy_input[has_point]
+        all_labels = labels.new_empty(len(kept))
+        all_labels[kept], all_labels[added] = self.labels, labels[has_point]
+        return replace(self, points_xy_input=points, labels=all_labels, offsets=offsets, masks=masks)
 
 
 @dataclass(frozen=True)
@@ -121,10 +164,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """I images as encoder levels, with P prompts and their targets.
+    """I images, with P prompts and their targets.
 
-    `levels` maps a level's name to its tensor (I, C, H, W); `neck` is always there. `rows` are store
-    rows, `objects` indexes the store's object columns, one per prompt.
+    From a store the images are `levels`: a level's name to its tensor (I, C, H, W), `neck` always among
+    them. Read live they are `pixels`, padded to the right and below beyond `content_hw`, and `levels`
+    stays empty until an encoder fills it. `rows` are store rows, or numbers of a dataset's images;
+    `objects` are places in the columns of objects, one per prompt.
     """
 
     levels: dict[str, Float[Tensor, "I C H W"]]
@@ -132,6 +177,8 @@ class Batch:
     targets: Targets
     rows: np.ndarray
     objects: np.ndarray
+    pixels: UInt8[Tensor, "I 3 S S"] | None = None
+    content_hw: Int[Tensor, "I 2"] | None = None
 
     def select(self, index: Int[Tensor, "Q"]) -> "Batch":
         """The prompts named by `index` with only the images they ask about."""
@@ -139,6 +186,8 @@ class Batch:
         return replace(
             self,
             levels={name: level[images] for name, level in self.levels.items()},
+            pixels=None if self.pixels is None else self.pixels[images],
+            content_hw=None if self.content_hw is None else self.content_hw[images],
             prompts=replace(self.prompts.select(index), image_index=image_index),
             targets=Targets(self.targets.masks[index], self.targets.valid[images], self.targets.weights[index]),
             rows=self.rows[images.cpu().numpy()],
@@ -157,6 +206,8 @@ class Batch:
         return replace(
             self,
             levels={name: level.to(device, non_blocking=True) for name, level in self.levels.items()},
+            pixels=None if self.pixels is None else self.pixels.to(device, non_blocking=True),
+            content_hw=None if self.content_hw is None else self.content_hw.to(device),
             prompts=self.prompts.to(device),
             targets=self.targets.to(device),
         )

@@ -2,8 +2,9 @@
 
 from sam_cache.batches.annotations import Annotator, Sampling
 from sam_cache.batches.cached import CachedBatches, read_rows
+from sam_cache.batches.live import Example, LiveBatches, LiveImages, collate, usable_objects
 from sam_cache.batches.object_columns import object_columns
-from sam_cache.batches.order import Cursor
+from sam_cache.batches.order import Cursor, Order, Visit
 from sam_cache.batches.pixels import PixelBatch, Preprocessing, pixel_batches
 from sam_cache.batches.split import is_held_out
 
@@ -11,11 +12,18 @@ __all__ = [
     "Annotator",
     "CachedBatches",
     "Cursor",
+    "Example",
+    "LiveBatches",
+    "LiveImages",
+    "Order",
     "PixelBatch",
     "Preprocessing",
     "Sampling",
+    "Visit",
+    "collate",
     "is_held_out",
     "object_columns",
     "pixel_batches",
     "read_rows",
+    "usable_objects",
 ]

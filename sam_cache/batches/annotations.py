@@ -1,4 +1,4 @@
-"""Rows of a store -> the prompts and targets of their objects."""
+"""Rows -> the prompts and targets of their objects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sam_cache.batches.order import Visit
 from sam_cache.batches.pixels import Preprocessing
 from sam_cache.data import (
     Geometry,
-    MaskCrop,
     PromptMixture,
     coverage,
     crop_rle,
@@ -30,7 +30,8 @@ class Sampling:
     """Which objects of an image are asked for, and how; `training` turns box noise on.
 
     Of an image with more than `max_objects` that many are drawn anew in every epoch; with
-    `scale_sampled` each then weighs n / kept, so that the image counts in full.
+    `scale_sampled` each then weighs n / kept, so that the image counts in full. `by_object` shares an
+    image's objects out to its visits instead: together the visits of an epoch ask for each object once.
     """
 
     mixture: PromptMixture
@@ -38,10 +39,72 @@ class Sampling:
     training: bool
     max_objects: int | None = None
     scale_sampled: bool = False
+    by_object: bool = False
+
+    def choose(self, count: int, image_id: int, visit: Visit) -> tuple[np.ndarray, float]:
+        """Which of an image's `count` objects to ask for, ascending, and what each of them weighs."""
+        if self.max_objects is None or count <= self.max_objects:
+            return np.arange(count), 1.0
+        if self.by_object:
+            shuffled = keyed_generator(self.seed, visit.epoch, image_id, WHOLE_IMAGE).permutation(count)
+            first = visit.number * self.max_objects
+            return np.sort(shuffled[first : first + self.max_objects]), 1.0
+        generator = keyed_generator(self.seed, visit.key, image_id, WHOLE_IMAGE)
+        kept = np.sort(generator.choice(count, self.max_objects, replace=False))
+        return kept, count / len(kept) if self.scale_sampled else 1.0
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Prompts and targets of one image, and which objects they ask for."""
+
+    prompts: Prompts
+    targets: Targets
+    objects: np.ndarray
+
+    @staticmethod
+    def join(parts: Sequence["Annotation"]) -> "Annotation":
+        """Those of several images after one another, as one batch has them."""
+        targets = Targets(
+            masks=torch.cat([part.targets.masks for part in parts]),
+            valid=torch.cat([part.targets.valid for part in parts]),
+            weights=torch.cat([part.targets.weights for part in parts]),
+        )
+        return Annotation(
+            Prompts.join([part.prompts for part in parts]), targets, np.concatenate([part.objects for part in parts])
+        )
+
+
+def annotate_image(
+    columns: Table, objects: np.ndarray, weight: float, image_id: int, geometry: Geometry, resolution: int,
+    sampling: Sampling, visit: Visit,
+) -> Annotation:  # fmt: skip
+    """Draw a prompt for each of the objects in `columns`, `objects` being what to call them."""
+    crops = [crop_rle(columns["rle"][place], geometry.height, geometry.width) for place in range(len(objects))]
+    prompts = sample_prompts(
+        sampling.mixture,
+        {name: columns[name] for name in PROMPT_COLUMNS},
+        [0] * len(objects),
+        [image_id],
+        [geometry],
+        crops.__getitem__,
+        seed=sampling.seed,
+        epoch=visit.key,
+        training=sampling.training,
+    )
+    masks = np.zeros((len(objects), resolution, resolution), np.float32)
+    for place, crop in enumerate(crops):
+        masks[place] = coverage(crop, geometry, resolution)
+    targets = Targets(
+        masks=torch.from_numpy(masks),
+        valid=torch.from_numpy(valid_coverage(geometry, resolution)[None]),
+        weights=torch.full((len(objects),), weight, dtype=torch.float32),
+    )
+    return Annotation(prompts, targets, objects)
 
 
 class Annotator:
-    """Draws prompts and targets for rows: the same ones for the same (seed, epoch, image, object).
+    """Draws prompts and targets for rows: the same ones for the same (seed, visit, image, object).
 
     `resolution` is the side of the decoder's output for the whole padded input. Crowds are never
     prompted.
@@ -60,6 +123,10 @@ class Annotator:
         """Whether the row has an object to ask for."""
         return int(row) in self._objects_of_row
 
+    def objects_of(self, row: int) -> np.ndarray:
+        """The places of the row's objects in the columns, those that can be asked for."""
+        return self._objects_of_row.get(int(row), np.zeros(0, np.int64))
+
     def image_id(self, row: int) -> int:
         return int(self._images.ids[self._image_of_row[int(row)]])
 
@@ -73,44 +140,16 @@ class Annotator:
         geometry = self.geometry(self._objects["row"][index])
         return rle_to_mask(self._objects["rle"][index], geometry.height, geometry.width).astype(bool)
 
-    def annotate(self, rows: Sequence[int], epoch: int = 0) -> tuple[Prompts, Targets, np.ndarray]:
-        """Prompts and targets for the objects of `rows`, and which objects these are."""
-        geometries = [self.geometry(row) for row in rows]
-        chosen = [self._choose(int(row), epoch) for row in rows]
-        objects = np.concatenate([np.zeros(0, np.int64), *(found for found, _ in chosen)])
-        image_index = np.repeat(np.arange(len(rows)), [len(found) for found, _ in chosen])
-        crops = [self._crop(index) for index in objects.tolist()]
-        prompts = sample_prompts(
-            self._sampling.mixture,
-            {name: self._objects[name][objects] for name in PROMPT_COLUMNS},
-            image_index.tolist(),
-            [self.image_id(row) for row in rows],
-            geometries,
-            crops.__getitem__,
-            seed=self._sampling.seed,
-            epoch=epoch,
-            training=self._sampling.training,
-        )
-        masks = np.zeros((len(objects), self._resolution, self._resolution), np.float32)
-        for place, (crop, image) in enumerate(zip(crops, image_index.tolist(), strict=True)):
-            masks[place] = coverage(crop, geometries[image], self._resolution)
-        targets = Targets(
-            masks=torch.from_numpy(masks),
-            valid=torch.from_numpy(np.stack([valid_coverage(g, self._resolution) for g in geometries])),
-            weights=torch.tensor([weight for found, weight in chosen for _ in found], dtype=torch.float32),
-        )
-        return prompts, targets, objects
+    def annotate(self, visits: Sequence[Visit]) -> Annotation:
+        """Prompts and targets for the objects of the visited rows."""
+        return Annotation.join([self._annotate_row(visit) for visit in visits])
 
-    def _crop(self, index: int) -> MaskCrop:
-        geometry = self.geometry(self._objects["row"][index])
-        return crop_rle(self._objects["rle"][index], geometry.height, geometry.width)
-
-    def _choose(self, row: int, epoch: int) -> tuple[np.ndarray, float]:
-        """The row's objects to ask for in this epoch, and what each of them weighs."""
-        sampling = self._sampling
-        found = self._objects_of_row.get(row, np.zeros(0, np.int64))
-        if sampling.max_objects is None or len(found) <= sampling.max_objects:
-            return found, 1.0
-        generator = keyed_generator(sampling.seed, epoch, self.image_id(row), WHOLE_IMAGE)
-        kept = np.sort(generator.choice(found, sampling.max_objects, replace=False))
-        return kept, len(found) / len(kept) if sampling.scale_sampled else 1.0
+    def _annotate_row(self, visit: Visit) -> Annotation:
+        image_id, found = self.image_id(visit.row), self.objects_of(visit.row)
+        chosen, weight = self._sampling.choose(len(found), image_id, visit)
+        objects = found[chosen]
+        columns = {name: self._objects[name][objects] for name in PROMPT_COLUMNS}
+        columns["rle"] = [self._objects["rle"][index] for index in objects.tolist()]
+        return annotate_image(
+            columns, objects, weight, image_id, self.geometry(visit.row), self._resolution, self._sampling, visit
+        )

@@ -6,74 +6,75 @@ import numpy as np
 
 from sam_cache.batches.ahead import run_ahead
 from sam_cache.batches.annotations import Annotator
-from sam_cache.batches.order import Cursor, endless_batches
+from sam_cache.batches.order import Cursor, Order, Visit
+from sam_cache.ranks import Ranks
 from sam_cache.store import EmbeddingStore, Ring
 from sam_cache.types import Batch
 
 
 class CachedBatches:
-    """Training batches from a store, starting after `cursor`.
+    """Training batches from a store, starting after `cursor`; None where this rank's share of one is empty.
 
     Embeddings are read by the store's ring straight into reused tensors, prompts and targets are
     drawn in threads beside it. A batch's levels are valid until `keep` further batches were drawn.
+    `batch_size` counts the images of all ranks together.
     """
 
     def __init__(
         self,
         store: EmbeddingStore,
         annotator: Annotator,
-        rows: np.ndarray,
+        order: Order,
         *,
         batch_size: int,
-        seed: int,
+        ranks: Ranks = Ranks(),
         threads: int = 2,
         keep: int = 1,
         pin: bool = False,
         cursor: Cursor | None = None,
     ):
-        self._store, self._annotator, self._rows = store, annotator, rows
-        self._batch_size, self._seed, self._threads, self._keep, self._pin = (
-            batch_size,
-            seed,
-            threads,
-            keep,
-            pin,
-        )
+        self._store, self._annotator, self._order = store, annotator, order
+        self._batch_size, self._ranks, self._threads = batch_size, ranks, threads
+        self._keep, self._pin = keep, pin
         self._cursor = cursor or Cursor()
 
     def state(self) -> dict[str, int]:
         """The place after the last batch drawn; drawing ahead does not move it."""
         return self._cursor.state()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | None]:
         start = self._cursor
 
-        def plan() -> Iterator[tuple[Cursor, np.ndarray]]:
-            return endless_batches(self._rows, self._batch_size, self._seed, start)
+        def plan() -> Iterator[tuple[Cursor, list[Visit]]]:
+            return self._order.batches(self._batch_size, start, self._ranks)
 
-        annotations = run_ahead(
-            lambda step: self._annotator.annotate(step[1], step[0].epoch),
-            plan(),
-            self._threads,
-            ahead=2 * self._threads,
-        )
+        def shares() -> Iterator[list[Visit]]:
+            return (visits for _, visits in plan() if visits)
+
+        annotations = run_ahead(self._annotator.annotate, shares(), self._threads, ahead=2 * self._threads)
         ring = Ring(
             self._store.reader(),
-            (rows for _, rows in plan()),
+            ([visit.row for visit in visits] for visits in shares()),
             depth=self._keep + 3,
             threads=self._threads,
             keep=self._keep,
             pin=self._pin,
         )
-        for (cursor, rows), levels, (prompts, targets, objects) in zip(plan(), ring, annotations, strict=False):
+        filled = zip(ring, annotations, strict=True)
+        for cursor, visits in plan():
+            batch = None
+            if visits:
+                levels, found = next(filled)
+                rows = np.array([visit.row for visit in visits])
+                batch = Batch(levels, found.prompts, found.targets, rows, found.objects)
             self._cursor = cursor
-            yield Batch(levels, prompts, targets, rows, objects)
+            yield batch
 
 
 def read_rows(store: EmbeddingStore, annotator: Annotator, rows: Sequence[int]) -> Iterator[Batch]:
     """One batch for each of `rows` in turn, with all its objects; rows without objects are passed over."""
     rows = [row for row in rows if row in annotator]
-    annotations = run_ahead(lambda row: annotator.annotate([row]), rows, threads=1, ahead=2)
+    annotations = run_ahead(lambda row: annotator.annotate([Visit(int(row))]), rows, threads=1, ahead=2)
     ring = Ring(store.reader(), ([row] for row in rows), threads=1)
-    for row, levels, (prompts, targets, objects) in zip(rows, ring, annotations, strict=True):
-        yield Batch(levels, prompts, targets, np.array([row]), objects)
+    for row, levels, found in zip(rows, ring, annotations, strict=True):
+        yield Batch(levels, found.prompts, found.targets, np.array([row]), found.objects)

@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from sam_cache.ranks import Ranks
 
-@dataclass
+
+@dataclass(frozen=True)
 class Cursor:
-    """Where a stream stands: after `position` rows of `epoch`. Saved in checkpoints."""
+    """Where a stream stands: after `position` visits of `epoch`, those of all ranks. Saved in checkpoints."""
 
     epoch: int = 0
     position: int = 0
@@ -17,21 +19,58 @@ class Cursor:
         return asdict(self)
 
 
-def shuffled(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The rows of one epoch in their order."""
-    return rows[np.random.default_rng((seed, epoch)).permutation(len(rows))]
+@dataclass(frozen=True)
+class Visit:
+    """A row's turn: the `number`-th one in `epoch`, counted from 0."""
+
+    row: int
+    epoch: int = 0
+    number: int = 0
+
+    @property
+    def key(self) -> int:
+        """Keys chance: other turns of the same row in the same epoch get other prompts."""
+        return self.epoch | self.number << 32
 
 
-def endless_batches(rows: np.ndarray, batch_size: int, seed: int, start: Cursor) -> Iterator[tuple[Cursor, np.ndarray]]:
-    """Batches of rows from `start` on, for ever, each with the cursor that stands *after* it.
+class Order:
+    """Visits `rows` in epochs, each row `repeats` times in one, once unless given.
 
-    The last batch of an epoch may be smaller: no row is seen twice in an epoch, none is dropped.
+    A fraction of `repeats` is a chance: 1.25 is one turn, and in a quarter of the epochs a second one.
     """
-    epoch, position = start.epoch, start.position
-    while True:
-        order = shuffled(rows, seed, epoch)
-        while position < len(order):
-            chosen = order[position : position + batch_size]
-            position += len(chosen)
-            yield Cursor(epoch, position), chosen
-        epoch, position = epoch + 1, 0
+
+    def __init__(self, rows: np.ndarray, seed: int, repeats: np.ndarray | None = None):
+        self.rows, self.seed = rows, seed
+        self._repeats = np.ones(len(rows)) if repeats is None else repeats
+
+    def __len__(self) -> int:
+        """Visits in an epoch, on average."""
+        return round(self._repeats.sum())
+
+    def epoch(self, epoch: int) -> list[Visit]:
+        """The visits of one epoch in their order."""
+        random = np.random.default_rng((self.seed, epoch))
+        turns = np.floor(self._repeats + (random.random(len(self.rows)) if (self._repeats % 1).any() else 0))
+        visits = [
+            Visit(row, epoch, number)
+            for row, count in zip(self.rows.tolist(), turns.astype(int).tolist(), strict=True)
+            for number in range(count)
+        ]
+        return [visits[place] for place in random.permutation(len(visits)).tolist()]
+
+    def batches(
+        self, batch_size: int, start: Cursor = Cursor(), ranks: Ranks = Ranks()
+    ) -> Iterator[tuple[Cursor, list[Visit]]]:
+        """This rank's share of every batch from `start` on, for ever, with the cursor that stands after the batch.
+
+        `batch_size` counts all ranks together, so their number does not change what a step sees; a share
+        may be empty. The last batch of an epoch may be smaller: none is dropped, none comes twice.
+        """
+        epoch, position = start.epoch, start.position
+        while True:
+            order = self.epoch(epoch)
+            while position < len(order):
+                chosen = order[position : position + batch_size]
+                position += len(chosen)
+                yield Cursor(epoch, position), chosen[ranks.rank :: ranks.world]
+            epoch, position = epoch + 1, 0

@@ -1,15 +1,18 @@
 """Datasets, images, masks, geometry, prompts and targets."""
 
+from sam_cache.data.augmentation import Augmentation, augment, parse_augmentation
 from sam_cache.data.coco import open_annotations
 from sam_cache.data.crops import MaskCrop, crop_rle
 from sam_cache.data.dataset import Dataset
 from sam_cache.data.decode import Decoded, decode
 from sam_cache.data.formats import open_dataset
 from sam_cache.data.geometry import Geometry
+from sam_cache.data.image_folder import open_images
 from sam_cache.data.pixels import to_pixels
 from sam_cache.data.points import DeterministicPoints, deterministic_points
 from sam_cache.data.prompts import (
     KINDS,
+    POINT_COLUMNS,
     PromptMixture,
     keyed_generator,
     parse_prompts,
@@ -20,12 +23,15 @@ from sam_cache.data.targets import coverage, valid_coverage
 
 __all__ = [
     "KINDS",
+    "Augmentation",
+    "POINT_COLUMNS",
     "Dataset",
     "Decoded",
     "DeterministicPoints",
     "Geometry",
     "MaskCrop",
     "PromptMixture",
+    "augment",
     "coverage",
     "crop_rle",
     "decode",
@@ -35,6 +41,8 @@ __all__ = [
     "measure_rle",
     "open_annotations",
     "open_dataset",
+    "open_images",
+    "parse_augmentation",
     "parse_prompts",
     "rle_to_mask",
     "sample_prompts",

@@ -24,6 +24,7 @@ def open_dataset(
     mask_pattern: str = "{stem}.*",
     objects_per: str = "class",
     ignore_values: Collection[int] | None = None,
+    classes: Collection[int] | None = None,
     limit: int | None = None,
     count: int = 200,
     seed: int = 0,
@@ -43,7 +44,7 @@ def open_dataset(
             if root is None and (images is None or masks is None):
                 raise DatasetError("no images or masks given: --images DIR with --masks DIR, or --root DIR")
             images, masks = images or root / "images", masks or root / "masks"
-            return open_masks(images, masks, mask_pattern, objects_per, ignore_values, limit)
+            return open_masks(images, masks, mask_pattern, objects_per, ignore_values, limit, classes)
         case "synthetic":
             return open_synthetic(count if limit is None else min(count, limit), seed, size)
     raise DatasetError(f"unknown dataset format {kind!r}; choose one of {', '.join(DATASETS)}")

@@ -9,7 +9,6 @@ Three kinds of mask are understood, and told apart by looking at a sample of the
 
 import io
 from collections.abc import Collection, Sequence
-from hashlib import blake2b
 from pathlib import Path
 
 import cv2
@@ -19,9 +18,9 @@ from PIL import Image
 from sam_cache.data.dataset import Dataset
 from sam_cache.data.decode import FORMATS
 from sam_cache.data.pairing import has_many_files, pair_folders
-from sam_cache.data.paths import read_inside, resolve_inside
+from sam_cache.data.paths import name_to_id, read_inside, resolve_inside
 from sam_cache.data.rle import mask_to_rle, measure_rle
-from sam_cache.errors import DatasetError
+from sam_cache.errors import DatasetError, UsageError
 from sam_cache.types import ImageRecord, ObjectRecord
 
 SAMPLE = 64  # masks looked at, evenly spaced, to tell what kind they are
@@ -35,16 +34,25 @@ def open_masks(
     objects_per: str = "class",
     ignore_values: Collection[int] | None = None,
     limit: int | None = None,
+    classes: Collection[int] | None = None,
 ) -> Dataset:
     """Pair the files below `images` with masks below `masks`; see `pair_masks` for the pattern.
 
     `objects_per` is `class`, or `component` for one object per 8-connected part of each class.
-    `ignore_values` are the mask values that are no object, 0 and 255 unless given; giving them also
-    says that the masks are class indices, whatever they look like.
+    `ignore_values` are the mask values that are no object: unless given, 0 and 255 where they are no
+    class. `classes` are the values that are one; a mask with any other value is reported and has no
+    objects. Giving either also says that the masks are class indices, whatever they look like.
 
-    Images without a mask and masks without an image are left out and listed in `notes`.
-    `categories` of class indices grow as `objects` meets values that the sample did not show.
+    Images without a mask and masks without an image are left out and listed in `notes`. `categories`
+    are the `classes`; without these they grow as `objects` meets values.
+
+    Raises DatasetError where the folders cannot be used at all, UsageError where `classes` and
+    `ignore_values` share a value.
     """
+    declared = None if classes is None else frozenset(classes)
+    void = VOID - (declared or frozenset()) if ignore_values is None else frozenset(ignore_values)
+    if declared and declared & void:
+        raise UsageError(f"mask values {_shorten(declared & void)}: both --classes and --ignore-values; take one out")
     paired, notes = pair_folders(images, masks, pattern)
     names = list(paired)[:limit]
     many = has_many_files(pattern)
@@ -55,11 +63,10 @@ def open_masks(
         if not many and len(paired[name]) > 1
     ]
 
-    foreground, notes[:0] = _recognise(masks, kept, ignore_values, many)
-    void = VOID if ignore_values is None else frozenset(ignore_values)
-    categories = {1: "object"} if foreground else {}
+    foreground, notes[:0] = _recognise(masks, kept, many, indices=not (ignore_values is None and declared is None))
+    categories = {1: "object"} if foreground else {value: str(value) for value in sorted(declared or ())}
     records = [
-        ImageRecord(_name_to_id(name), name, *_read_size(masks, files[0]))
+        ImageRecord(name_to_id(name), name, *_read_size(masks, files[0]))
         for name, files in zip(names, kept, strict=True)
     ]
 
@@ -72,7 +79,7 @@ def open_masks(
                     raise DatasetError(
                         f"size {mask.shape[1]}x{mask.shape[0]} differs from {record.width}x{record.height}"
                     )
-                found = _split_values(mask, foreground, void)
+                found = _split_values(mask, foreground, void, declared)
             except DatasetError as error:
                 wrong.append(f"mask {file}: {error}")
                 continue
@@ -91,15 +98,16 @@ def open_masks(
     )
 
 
-def _name_to_id(name: str) -> int:
-    """48 bits of a hash, so that an image keeps its id, and its side of the held-out split, when others are added."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=6).digest())
+def _recognise(masks: Path, files: Sequence[Sequence[str]], many: bool, indices: bool) -> tuple[int, list[str]]:
+    """The value that is foreground in binary masks, 0 for class indices; and a note that says so.
 
-
-def _recognise(
-    masks: Path, files: Sequence[Sequence[str]], ignore_values: Collection[int] | None, many: bool
-) -> tuple[int, list[str]]:
-    """The value that is foreground in binary masks, 0 for class indices; and a note that says so."""
+    `indices` says that they are class indices, so that no look decides it.
+    """
+    if many and indices:
+        raise DatasetError(
+            f"{masks}: masks of one file per object are binary, not class indices; "
+            "leave out --classes and --ignore-values, or the * of --mask-pattern"
+        )
     every = [file for group in files for file in group]
     sample = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, SAMPLE).astype(int))]
     values: set[int] = set()
@@ -115,9 +123,9 @@ def _recognise(
                 "threshold the masks at 128 and save them as PNG"
             )
     what = f"looked at {len(sample)} of {len(every)}"
-    if ignore_values is None and values <= {0, 255} and 255 in values:
+    if not indices and values <= {0, 255} and 255 in values:
         return 255, [f"masks are binary 0/255 ({what})"]
-    if ignore_values is None and values <= {0, 1}:
+    if not indices and values <= {0, 1}:
         return 1, [f"masks are binary 0/1 ({what})"]
     if many:
         raise DatasetError(
@@ -174,16 +182,23 @@ def _values_of(mask: np.ndarray) -> set[int]:
     return set(values.tolist())
 
 
-def _split_values(mask: np.ndarray, foreground: int, void: frozenset[int]) -> list[tuple[int, np.ndarray]]:
+def _split_values(
+    mask: np.ndarray, foreground: int, void: frozenset[int], declared: frozenset[int] | None
+) -> list[tuple[int, np.ndarray]]:
     """(category, region) for each object value in the mask."""
     values = _values_of(mask)
     if foreground:
         if not values <= {0, foreground}:
             raise DatasetError(
                 f"values {_shorten(values)}, where other masks have only 0 and {foreground}; "
-                "if they are class indices, give --ignore-values"
+                "if they are class indices, give --classes or --ignore-values"
             )
         return [(1, mask == foreground)] if foreground in values else []
+    if declared is not None and not values <= declared | void:
+        raise DatasetError(
+            f"holds {_shorten(values - declared - void)}, neither a declared class nor ignored; "
+            "add it to --classes or --ignore-values, or correct the mask"
+        )
     return [(value, mask == value) for value in sorted(values - void)]
 
 

@@ -1,30 +1,13 @@
 """Which mask files belong to which image, by a pattern."""
 
 import bisect
-import os
 import posixpath
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from sam_cache.data.paths import list_files
 from sam_cache.errors import DatasetError
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif", ".gif", ".bmp", ".jp2"}
-SUFFIXES |= {".pgm", ".ppm", ".pbm"}
-
-
-def _list_files(root: Path) -> dict[str, str]:
-    """Every image file below `root`: its name relative to that, with forward slashes, and its whole path; sorted."""
-    if not root.is_dir():
-        raise DatasetError(f"{root}: no such folder")
-    root = root.resolve()
-    files = {
-        Path(folder, name).relative_to(root).as_posix(): os.path.join(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-    }
-    return dict(sorted(files.items()))
 
 
 def pair_masks(images: Sequence[str], masks: Sequence[str], pattern: str) -> list[list[str]]:
@@ -47,7 +30,7 @@ def pair_folders(images: Path, masks: Path, pattern: str) -> tuple[dict[str, lis
     What is the mask of one image is never itself an image, so both may share a folder.
     """
     # Whole paths tell whether an image and a mask are one file; as text, for there may be a million.
-    image_files, mask_files = _list_files(images), _list_files(masks)
+    image_files, mask_files = list_files(images), list_files(masks)
     matches = zip(image_files, pair_masks(list(image_files), list(mask_files), pattern), strict=True)
     found = {image: [mask for mask in group if mask_files[mask] != image_files[image]] for image, group in matches}
     taken = {mask_files[mask] for group in found.values() for mask in group}

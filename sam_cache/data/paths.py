@@ -1,8 +1,36 @@
-"""Reading files that an annotation names, without ever leaving the dataset's folder."""
+"""Listing, naming and reading the files of a dataset's folder, without ever leaving it."""
 
+import os
+from hashlib import blake2b
 from pathlib import Path
 
-from sam_cache.errors import ImageError
+from sam_cache.errors import DatasetError, ImageError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif", ".gif", ".bmp", ".jp2"}
+SUFFIXES |= {".pgm", ".ppm", ".pbm"}
+
+
+def list_files(root: Path) -> dict[str, str]:
+    """Every image file below `root`: its name relative to that, with forward slashes, and its whole path; sorted.
+
+    Told by the suffix. What is hidden is left out, with all that a hidden folder holds: file managers and
+    notebooks keep copies there. Links to folders are not followed. Raises DatasetError where there is no folder.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"{root}: no such folder; correct the path")
+    root = root.resolve()
+    files = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+                files[Path(folder, name).relative_to(root).as_posix()] = os.path.join(folder, name)
+    return dict(sorted(files.items()))
+
+
+def name_to_id(name: str) -> int:
+    """48 bits of a hash, so that an image keeps its id, and its side of the held-out split, when others are added."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=6).digest())
 
 
 def resolve_inside(root: Path, relative: str) -> Path:

@@ -135,6 +135,7 @@ def sample_prompts(
     has_box = np.zeros(count, bool)
     points, labels = [np.zeros((0, 2))], [np.zeros(0, np.int64)]
     counts = np.zeros(count + 1, np.int64)
+    chance = np.zeros((count, 2), np.float32)
     for p, image in enumerate(image_index):
         geometry = geometries[image]
         random = keyed_generator(seed, epoch, image_ids[image], objects["id"][p])
@@ -155,6 +156,7 @@ def sample_prompts(
             points.append(geometry.points_to_input(objects[POINT_COLUMNS[choice.kind]][p])[None])
             labels.append(np.ones(1, np.int64))
             counts[p + 1] = 1
+        chance[p] = random.random(2, np.float32)  # last, so that the prompt does not depend on it
     return Prompts(
         image_index=torch.tensor(image_index, dtype=torch.int64),
         kind=torch.from_numpy(kinds),
@@ -163,6 +165,7 @@ def sample_prompts(
         offsets=torch.from_numpy(counts.cumsum()),
         boxes_xyxy_input=torch.from_numpy(boxes).float(),
         has_box=torch.from_numpy(has_box),
+        chance=torch.from_numpy(chance),
     )
 
 

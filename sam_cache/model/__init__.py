@@ -1,8 +1,19 @@
 """SAM itself: checkpoints, the image encoder, and the batched prompt encoder and mask decoder."""
 
+from sam_cache.model.adapters import (
+    AdapterKnobs,
+    LoraKnobs,
+    SamAdapterKnobs,
+    SpatialPriorKnobs,
+    adapter_parameters,
+    attach,
+    merge,
+)
 from sam_cache.model.decoder import Masks
 from sam_cache.model.encoder import Encoder, load_encoder
 from sam_cache.model.frames import masks_to_image
+from sam_cache.model.memory import estimate_memory
+from sam_cache.model.sam import Sam, depth_of, load_sam
 from sam_cache.model.sizes import SIZES, ModelSize, size_of
 from sam_cache.model.top import PARTS, Top, freeze, load_top, top_from_bytes, top_to_bytes
 from sam_cache.model.weights import fixed_weights
@@ -10,15 +21,26 @@ from sam_cache.model.weights import fixed_weights
 __all__ = [
     "PARTS",
     "SIZES",
+    "AdapterKnobs",
     "Encoder",
+    "LoraKnobs",
     "Masks",
     "ModelSize",
+    "Sam",
+    "SamAdapterKnobs",
+    "SpatialPriorKnobs",
     "Top",
+    "adapter_parameters",
+    "attach",
+    "depth_of",
+    "estimate_memory",
     "fixed_weights",
     "freeze",
     "load_encoder",
+    "load_sam",
     "load_top",
     "masks_to_image",
+    "merge",
     "size_of",
     "top_from_bytes",
     "top_to_bytes",

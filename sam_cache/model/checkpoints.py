@@ -37,12 +37,13 @@ def read_checkpoint(path: Path, size: ModelSize) -> State:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; get {size.origin}, and put it there")
-    state = _read_tensors(path)
+    state = read_tensors(path)
     _check_shapes(path, _shapes(state), size)
     return state
 
 
-def _read_tensors(path: Path) -> State:
+def read_tensors(path: Path) -> State:
+    """The tensors of a `.pth` or `.safetensors` file, by name; nothing in it is run. Raises CheckpointError."""
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

@@ -53,10 +53,14 @@ class SharedImages(NamedTuple):
 def share_images(
     decoder: MaskDecoder,
     neck: Float[Tensor, "I C g g"],
-    dense: Float[Tensor, "1 C"],
+    dense: Float[Tensor, "*I_N C"],
     position: Float[Tensor, "C g g"],
 ) -> SharedImages:
-    """Project every image once, for all its prompts. `dense` is the embedding of 'no mask given'."""
+    """Project every image once, for all its prompts.
+
+    `dense` is added to the image's tokens: the embedding of 'no mask given', (1, C), or one of a mask
+    for each image, (I, N, C).
+    """
     layer = decoder.transformer.layers[0]
     to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
     tokens = neck.flatten(2).mT + dense

@@ -1,13 +1,16 @@
 """The frozen image encoder: uint8 pixels in, levels out."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from sam_cache.model.adapters.adapter import Adapter
 from sam_cache.model.attention import run_block
 from sam_cache.model.checkpoints import State, load_state, own_fp32, state_digest
 from sam_cache.model.parts import build_image_encoder, part_of
@@ -27,16 +30,20 @@ class Encoder(nn.Module):
     `vit` is upstream's module, so its parameters have upstream's names. The compute dtype is that
     of the parameters: cast with `.to(torch.bfloat16)`. `levels` says what a call returns:
     name -> (channels, rows, columns). `digest` is the sha256 of the weights as they were loaded.
+    `adapter` is called around the blocks where there is one (`sam_cache.model.adapters.attach`).
+    With `checkpointing` a backward keeps each block's input alone and computes the block again.
     """
 
     def __init__(self, size: ModelSize, state: State, normalise: Normalise = "sam"):
         super().__init__()
         with torch.device("meta"):
             self.vit = build_image_encoder(size)
-        self.vit.load_state_dict(own_fp32(_fit_positions(state, size)), assign=True)
+        self.vit.load_state_dict(own_fp32(fit_positions(state, size)), assign=True)
         self.size = size
         self.normalise = normalise
         self.digest = state_digest(state)
+        self.adapter: Adapter | None = None
+        self.checkpointing = False
 
     @property
     def levels(self) -> dict[str, tuple[int, int, int]]:
@@ -50,10 +57,27 @@ class Encoder(nn.Module):
         `content_hw` holds the rows and columns of each image that are not padding.
         """
         inputs = normalise_pixels(pixels, content_hw, self.normalise)
-        tokens = self.vit.patch_embed(inputs.to(self.vit.pos_embed.dtype)) + self.vit.pos_embed
-        for block in self.vit.blocks:
-            tokens = run_block(block, tokens)
+        inputs = inputs.to(self.vit.pos_embed.dtype)
+        patches = self.vit.patch_embed(inputs)
+        tokens = patches + self.vit.pos_embed
+        prior = self._run(self.adapter.prepare, inputs, patches, tokens) if self.adapter else None
+        for number in range(len(self.vit.blocks)):
+            tokens = self._run(self._run_block, number, tokens, prior)
         return {"neck": self.vit.neck(tokens.permute(0, 3, 1, 2))}
+
+    def _run(self, function: Callable, *arguments: Any) -> Any:
+        """Call it, keeping only the arguments for the backward where `checkpointing` says so."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def _run_block(self, number: int, tokens: Float[Tensor, "I g g C"], prior: Any) -> Float[Tensor, "I g g C"]:
+        block, adapter = self.vit.blocks[number], self.adapter
+        if adapter is None:
+            return run_block(block, tokens)
+        tokens = adapter.before_block(number, tokens, prior)
+        tokens = run_block(block, tokens, lambda normed: adapter.added_qkv(number, normed, prior))
+        return adapter.after_block(number, tokens, prior)
 
 
 def load_encoder(
@@ -91,7 +115,7 @@ def normalise_pixels(
     return values.masked_fill(padding, 0.0)
 
 
-def _fit_positions(state: State, size: ModelSize) -> State:
+def fit_positions(state: State, size: ModelSize) -> State:
     """Stretch the absolute positions, and the relative ones of global blocks, to the size's grid.
 
     Bicubic for the absolute table, as timm resamples ViTs (timm/layers/pos_embed.py); linear for

@@ -1,4 +1,4 @@
-"""What is trained from the store: SAM's prompt encoder and mask decoder."""
+"""SAM behind its image encoder: what is trained from the store."""
 
 import json
 from collections.abc import Iterator
@@ -14,11 +14,20 @@ from sam_cache.model.checkpoints import State, load_state, own_fp32
 from sam_cache.model.decoder import Masks, decode, share_images
 from sam_cache.model.parts import build_mask_decoder, build_prompt_encoder
 from sam_cache.model.sizes import ModelSize, size_of
-from sam_cache.types import Prompts
+from sam_cache.types import Batch, Prompts
 
 Levels = dict[str, Float[Tensor, "I _ _ _"]]
 
-PARTS = {"prompt": "prompt_encoder", "decoder": "mask_decoder"}
+# What can be trained by itself, by the beginning of its parameters' names; the longest one decides.
+# `no-mask` is the embedding that stands for 'no mask given', which SAM-Adapter trains too.
+PARTS = {
+    "encoder": "image_encoder.",
+    "neck": "image_encoder.vit.neck.",
+    "adapter": "image_encoder.adapter.",
+    "prompt": "prompt_encoder.",
+    "no-mask": "prompt_encoder.no_mask_embed.",
+    "decoder": "mask_decoder.",
+}
 
 
 class Top(nn.Module):
@@ -32,11 +41,16 @@ class Top(nn.Module):
             self.mask_decoder = build_mask_decoder(size)
         self.load_state_dict(own_fp32(state), assign=True)
 
+    def encode(self, batch: Batch) -> Levels:
+        """The levels of the batch's images: here those it came with."""
+        return batch.levels
+
     def forward(self, levels: Levels, prompts: Prompts, multimask: bool) -> Masks:
         """Masks (P, 3, h, w) if `multimask`, else (P, 1, h, w), in the order of `prompts`.
 
         `levels["neck"]` holds I images in any floating dtype. `prompts.image_index` names them in
-        any order and number; points and boxes are in the input frame.
+        any order and number; points and boxes are in the input frame. A mask prompt makes the image
+        another one for its prompt alone, so that nothing is shared between such prompts.
         """
         neck = levels["neck"].to(self.mask_decoder.iou_token.weight.dtype)
         if len(prompts) == 0:
@@ -46,8 +60,15 @@ class Top(nn.Module):
         with torch.autocast(neck.device.type, enabled=False):
             position = self.prompt_encoder.get_dense_pe()[0].to(neck.dtype)
             groups = [(place, group.image_index, self._embed(group)) for place, group in same_tokens(prompts)]
-        images = share_images(self.mask_decoder, neck, self.prompt_encoder.no_mask_embed.weight, position)
-        outputs = [decode(self.mask_decoder, images, index, sparse, multimask) for _, index, sparse in groups]
+        if prompts.masks is None:
+            shared = share_images(self.mask_decoder, neck, self.prompt_encoder.no_mask_embed.weight, position)
+        outputs = []
+        for place, index, sparse in groups:
+            if prompts.masks is not None:
+                dense = self.prompt_encoder.mask_downscaling(prompts.masks[place].unsqueeze(1).to(neck.dtype))
+                shared = share_images(self.mask_decoder, neck[index], dense.flatten(2).mT, position)
+                index = torch.arange(len(index), device=index.device)
+            outputs.append(decode(self.mask_decoder, shared, index, sparse, multimask))
         if len(outputs) == 1:
             return outputs[0]
         order = torch.cat([place for place, _, _ in groups]).argsort()
@@ -84,15 +105,23 @@ def load_top(name: str, checkpoint: Path | None = None, input_size: int | None =
     return Top(size.at(input_size), top)
 
 
-def freeze(top: Top, train: set[str]) -> None:
+def freeze(network: nn.Module, train: set[str], mask_prompts: bool = False) -> None:
     """Let gradients reach only the parts named in `train`, out of `PARTS`.
 
-    The layers that embed a mask prompt stay frozen in any case: nothing here gives mask prompts, and
-    a parameter that can get no gradient must not be trained.
+    The layers that embed a mask prompt are trained only with `mask_prompts`: a parameter that can get
+    no gradient must not be trained.
     """
-    for part, module in PARTS.items():
-        getattr(top, module).requires_grad_(part in train)
-    top.prompt_encoder.mask_downscaling.requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        trained = "adapter" in train if ".low_rank_" in name else not train.isdisjoint(parts_of(name))
+        if name.startswith("prompt_encoder.mask_downscaling."):
+            trained = trained and mask_prompts
+        parameter.requires_grad_(trained)
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The parts a parameter belongs to: one, except that `no-mask` is within `prompt`."""
+    nearest = max((part for part, start in PARTS.items() if name.startswith(start)), key=lambda part: len(PARTS[part]))
+    return ("prompt", "no-mask") if nearest == "no-mask" else (nearest,)
 
 
 def top_to_bytes(top: Top) -> bytes:

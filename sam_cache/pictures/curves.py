@@ -11,15 +11,23 @@ from matplotlib.ticker import MaxNLocator
 from sam_cache.pictures.files import replace_file
 
 HELD_OUT = "held_out/"
-LOSSES = {"loss": "total", "focal": "focal", "dice": "dice", "iou": "IoU head"}
+LOSSES = {
+    "loss": "total",
+    "focal": "focal",
+    "dice": "dice",
+    "iou": "IoU head",
+    "bce": "cross entropy",
+    "balanced_bce": "balanced cross entropy",
+    "soft_iou": "soft IoU",
+}
 COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 
 
 def draw_curves(metrics: list[dict], path: str | Path) -> None:
     """Plot a run's metrics, the lines of its `metrics.jsonl`, as a PNG.
 
-    Every line has `step`; `loss`, `focal`, `dice`, `iou`, `learning_rate` and any `held_out/NAME`
-    are drawn where they occur.
+    Every line has `step`; `loss` and its parts (the names in `LOSSES`), `learning_rate` and any
+    `held_out/NAME` are drawn where they occur.
     """
     figure = Figure(figsize=(8, 7.5), dpi=150, layout="constrained")
     losses, held_out, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))

@@ -1,22 +1,35 @@
 """What training and evaluation read: a store's embeddings, its objects or others, and who is held out."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from sam_cache.batches import Annotator, Preprocessing, Sampling, is_held_out, object_columns
-from sam_cache.data import open_annotations
+from sam_cache.batches import (
+    Annotator,
+    Preprocessing,
+    Sampling,
+    Visit,
+    is_held_out,
+    object_columns,
+    read_rows,
+)
+from sam_cache.data import PromptMixture, open_annotations
 from sam_cache.errors import DatasetError, StoreError
+from sam_cache.stages.coco_format import coco_annotation, coco_image
+from sam_cache.stages.exam import Exam
 from sam_cache.stages.progress import Bar, say_some
+from sam_cache.stages.source import Pictures
 from sam_cache.store import OK, EmbeddingStore, StoreSpec, Table
 
 
 @dataclass(frozen=True)
 class CachedData:
-    """An opened store with the objects to use, and its readable rows as `train` and `held_out`.
+    """An opened store with the objects to use, and its readable rows with objects as `train` and `held_out`.
 
-    `categories` are those of the objects, as COCO lists them.
+    `categories` are those of the objects, as COCO lists them. It is a `stages.exam.Data`.
     """
 
     store: EmbeddingStore
@@ -56,10 +69,68 @@ class CachedData:
     def annotator(self, resolution: int, sampling: Sampling) -> Annotator:
         return Annotator(self.store.images, self.objects, self.preprocessing, resolution, sampling)
 
+    @property
+    def where(self) -> str:
+        return str(self.store.path)
+
+    @property
+    def style(self) -> str:
+        return "lvis" if (self.store.object_attributes()["dataset"] or {}).get("dataset") == "lvis" else "coco"
+
+    @cached_property
+    def _number_of(self) -> dict[int, int]:
+        return {row: number for number, row in enumerate(self.store.images.rows.tolist())}
+
+    def exams(
+        self, rows: Sequence[int], kinds: Sequence[PromptMixture], seed: int, resolution: int
+    ) -> Iterator[list[Exam]]:
+        annotators = [self.annotator(resolution, Sampling(kind, seed, training=False)) for kind in kinds]
+        for batch in read_rows(self.store, annotators[0], rows):
+            row = int(batch.rows[0])
+            rles = [self.objects["rle"][index] for index in batch.objects.tolist()]
+            categories = self.objects["category"][batch.objects].tolist()
+            exams = []
+            for kind, annotator in zip(kinds, annotators, strict=True):
+                if exams:
+                    found = annotator.annotate([Visit(row)])
+                    batch = replace(batch, prompts=found.prompts, targets=found.targets)
+                image_id, geometry = annotator.image_id(row), annotator.geometry(row)
+                exams.append(Exam(row, image_id, kind, geometry, batch, rles, categories))
+            yield exams
+
+    def categories_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        asked = ~self.objects["iscrowd"] & (self.objects["area"] > 0)
+        by_row: dict[int, list[int]] = {row: [] for row in rows.tolist()}
+        for row, category in zip(self.objects["row"][asked].tolist(), self.objects["category"][asked], strict=True):
+            if row in by_row:
+                by_row[row].append(category)
+        return [np.array(found, np.int64) for found in by_row.values()]
+
+    def ground_truth(self, rows: np.ndarray) -> dict:
+        images, objects = self.store.images, self.objects
+        ids, sizes = images.ids.tolist(), list(zip(images.heights.tolist(), images.widths.tolist(), strict=True))
+        numbers = [self._number_of[int(row)] for row in rows]
+        annotations = []
+        for index in np.flatnonzero(np.isin(objects["row"], rows)).tolist():
+            number = self._number_of[int(objects["row"][index])]
+            of_object = (objects[name][index] for name in ("category", "box_xywh_image", "area", "iscrowd", "rle"))
+            annotations.append(coco_annotation(index + 1, ids[number], *of_object, sizes[number]))
+        return {
+            "images": [coco_image(ids[number], *sizes[number]) for number in numbers],
+            "categories": self.categories,
+            "annotations": annotations,
+        }
+
+    def picture(self, row: int) -> np.ndarray:
+        return self._pictures.image(row)
+
+    @cached_property
+    def _pictures(self) -> Pictures:
+        return Pictures(self.store)
+
     def names(self, rows: np.ndarray) -> list[str]:
         """What images are called in any store that holds them: id and path."""
-        images = self.store.images
-        number_of = dict(zip(images.rows.tolist(), range(len(images)), strict=True))
+        images, number_of = self.store.images, self._number_of
         return [f"{images.ids[number_of[row]]} {images.paths[number_of[row]]}" for row in rows.tolist()]
 
     def check_encoder(self, identity: dict, owner: str) -> None:
@@ -68,6 +139,10 @@ class CachedData:
         same = ("encoder", "preprocessing")
         if differing := [text for text in self.store.spec.differences(other) if text.startswith(same)]:
             raise StoreError(f"{self.store.path} != {owner}: {'; '.join(differing)}; use a store of the same encoder")
+
+    def training_on(self, rows: np.ndarray) -> "CachedData":
+        """The same data with other rows to train on."""
+        return replace(self, train=rows)
 
     def holding_out(self, trained: list[str], held_out: list[str]) -> "CachedData":
         """The same data, held out exactly as a run recorded by `names`; images it did not know are new."""

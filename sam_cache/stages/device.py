@@ -1,5 +1,8 @@
 """Which device a stage computes on, and in what precision."""
 
+import resource
+import sys
+
 import torch
 
 from sam_cache.errors import UsageError
@@ -13,6 +16,11 @@ def pick_device(asked: str | None, ranks: Ranks) -> torch.device:
         raise UsageError("--device cuda: this machine has no CUDA device; use --device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine has no Metal device; use --device cpu")
+    if kind == "cuda" and ranks.local >= torch.cuda.device_count():
+        raise UsageError(
+            f"LOCAL_RANK={ranks.local}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "start one process for each"
+        )
     return torch.device(kind, ranks.local) if kind == "cuda" else torch.device(kind)
 
 
@@ -27,3 +35,11 @@ def pick_precision(asked: str | None, device: torch.device, flag: str) -> str:
 def pick_mask_budget(asked: int | None, device: torch.device) -> int:
     """Prompts to decode at once: enough to fill a GPU; on a CPU few, since there fresh memory costs most."""
     return asked or (64 if device.type == "cuda" else 16)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at this process's peak: those PyTorch took of a GPU, else the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # Linux counts in KiB

@@ -5,62 +5,61 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sam_cache.config import EvalConfig
 from sam_cache.data import parse_prompts
-from sam_cache.errors import StoreError
+from sam_cache.errors import DatasetError, UsageError
 from sam_cache.evaluation import Scores, average_precision, compare, summarise
-from sam_cache.model import top_from_bytes
+from sam_cache.model import Top, top_from_bytes
 from sam_cache.pictures import save_png
 from sam_cache.ranks import Ranks
 from sam_cache.stages.cached_data import CachedData
 from sam_cache.stages.device import pick_device, pick_mask_budget
+from sam_cache.stages.exam import Data
 from sam_cache.stages.progress import Bar, say
-from sam_cache.stages.report import draw_answers, ground_truth, print_report, to_detection
+from sam_cache.stages.report import draw_answers, print_report, to_detection
 from sam_cache.stages.scoring import ask
-from sam_cache.stages.source import Pictures
-from sam_cache.stages.training_setup import START
-from sam_cache.training import RunFolder, load_trained
+from sam_cache.stages.train_full import open_data as open_live_data
+from sam_cache.stages.tuned_sam import config_of, open_base, open_tuned, open_tuned_top, stage_of
+from sam_cache.training import RunFolder
 
 UNTOUCHED, TUNED = "untouched", "tuned"
+STORE = Path("emb.zarr")
 
 
 def evaluate(cfg: EvalConfig) -> int:
     """Evaluate and report; returns 0. Held-out rows are those the run recorded, else drawn anew."""
     device = pick_device(cfg.device, Ranks.from_env())
-    data = open_data(cfg)
-    networks = open_networks(cfg, data, device)
+    data, networks = open_exam(cfg, device)
     rows = data.held_out if cfg.rows == "held-out" else data.rows
     kinds, mask_budget = parse_prompts(cfg.prompts).kinds, pick_mask_budget(cfg.mask_budget, device)
     out = cfg.out or Path(f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}")
     out.mkdir(parents=True, exist_ok=True)
-    pictures = Pictures(data.store) if cfg.overlays else None
 
     scores: dict[str, list] = {name: [] for name in networks}
     detections: dict[tuple[str, str], list[dict]] = {}
     drawn: list[Path] = []
-    with Bar("evaluating", len(rows) * len(kinds), "images") as bar:
-        for kind in kinds:
-            shown = 0
-            for answers in ask(networks, data, rows, kind, cfg.seed, mask_budget, device):
-                bar.advance()
+    shown = 0
+    with Bar("evaluating", len(rows), "images") as bar:
+        for by_kind in ask(networks, data, rows.tolist(), kinds, cfg.seed, mask_budget, device):
+            bar.advance()
+            for kind, answers in by_kind.items():
                 for name in networks:
                     scores[name] += [answer.scores[name] for answer in answers]
                     if cfg.average_precision:
-                        found = [to_detection(answer, name, data) for answer in answers]
-                        detections.setdefault((name, str(kind)), []).extend(found)
-                if pictures and shown < cfg.overlays:
+                        found = [to_detection(answer, name) for answer in answers]
+                        detections.setdefault((name, kind), []).extend(found)
+                if shown < cfg.overlays:
                     path = out / "overlays" / f"{kind}-row{answers[0].row:06d}.png"
-                    save_png(path, draw_answers(pictures.image(answers[0].row), answers))
+                    save_png(path, draw_answers(data.picture(answers[0].row), answers))
                     drawn.append(path)
-                    shown += 1
+            shown += 1
     if not scores[UNTOUCHED]:
-        raise StoreError(f"{cfg.store}: no {cfg.rows} row has an object to ask for; try --rows all")
+        raise DatasetError(f"{data.where}: no {cfg.rows} image has an object to ask for; try --rows all")
 
     columns = {name: Scores.of(rows) for name, rows in scores.items()}
     report = {
-        "store": str(cfg.store),
+        "data": data.where,
         "run": str(cfg.run) if cfg.run else None,
         "rows": {"which": cfg.rows, "count": len(rows), "images": data.names(rows)},
         "seed": cfg.seed,
@@ -69,11 +68,10 @@ def evaluate(cfg: EvalConfig) -> int:
     if TUNED in columns:
         report["gain"] = compare(columns[TUNED], columns[UNTOUCHED], cfg.seed)
     if cfg.average_precision:
-        truth = ground_truth(data, rows)
-        style = "lvis" if (data.store.object_attributes()["dataset"] or {}).get("dataset") == "lvis" else "coco"
+        truth = data.ground_truth(rows)
         report["average_precision"] = {}
         for (name, kind), found in detections.items():
-            report["average_precision"].setdefault(kind, {})[name] = average_precision(truth, found, style)
+            report["average_precision"].setdefault(kind, {})[name] = average_precision(truth, found, data.style)
     for path in [out / "report.json", *([cfg.json_file] if cfg.json_file else [])]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n")
@@ -82,26 +80,42 @@ def evaluate(cfg: EvalConfig) -> int:
     return 0
 
 
-def open_data(cfg: EvalConfig) -> CachedData:
+def open_exam(cfg: EvalConfig, device: torch.device) -> tuple[Data, dict[str, Top]]:
+    """What to score on, and the networks: untouched SAM, and the run's best checkpoint beside it."""
+    run = RunFolder.open(cfg.run) if cfg.run else None
+    if run is not None and stage_of(run) == "train-full":
+        data, networks = open_live(cfg, run)
+    else:
+        data = open_cached(cfg, run)
+        networks = {UNTOUCHED: top_from_bytes(data.store.base)}
+        if run is not None:
+            networks[TUNED] = open_tuned_top(run, "best", data.store)
+    return data, {name: network.to(device).eval() for name, network in networks.items()}
+
+
+def open_live(cfg: EvalConfig, run: RunFolder) -> tuple[Data, dict[str, Top]]:
+    """The images that a run of train-full was given, and its networks, each with its own encoder."""
+    if cfg.store is not None:
+        raise UsageError(
+            f"--store {cfg.store}: {run.path} trained its encoder, whose embeddings no store has; leave it"
+        )
+    if cfg.annotations is not None:
+        raise UsageError(f"--annotations {cfg.annotations}: a run of train-full is scored on its own dataset; leave it")
+    record = run.read_json("record.json")
+    data = open_live_data(config_of(run), record["input_size"]).holding_out(record["trained"], record["held_out"])
+    return data, {UNTOUCHED: open_base(run, None), TUNED: open_tuned(run, "best")}
+
+
+def open_cached(cfg: EvalConfig, run: RunFolder | None) -> CachedData:
+    """The store to score on, its held-out rows those of the run where it knows them."""
     data = CachedData.open(
-        cfg.store, annotations=cfg.annotations, partial=cfg.partial, held_out=cfg.held_out, seed=cfg.seed
+        cfg.store or STORE, annotations=cfg.annotations, partial=cfg.partial, held_out=cfg.held_out, seed=cfg.seed
     )
-    if cfg.run is None:
+    if run is None:
         return data
-    record = RunFolder.open(cfg.run).read_json("record.json")
-    data.check_encoder(record["identity"], str(cfg.run))
+    record = run.read_json("record.json")
+    data.check_encoder(record["identity"], str(run.path))
     if not set(record["trained"] + record["held_out"]) & set(data.names(data.rows)):
-        say(f"{cfg.run} was trained on other images; held-out rows are drawn by --held-out and --seed")
+        say(f"{run.path} was trained on other images; held-out rows are drawn by --held-out and --seed")
         return data
     return data.holding_out(record["trained"], record["held_out"])
-
-
-def open_networks(cfg: EvalConfig, data: CachedData, device: torch.device) -> dict[str, nn.Module]:
-    """Untouched SAM, and the run's best checkpoint put over a copy of it."""
-    networks: dict[str, nn.Module] = {UNTOUCHED: top_from_bytes(data.store.base)}
-    if cfg.run is not None:
-        run = RunFolder.open(cfg.run)
-        start = run.path / START
-        networks[TUNED] = top_from_bytes(start.read_bytes() if start.exists() else data.store.base)
-        load_trained(networks[TUNED], run.load_weights("best"), str(cfg.run))
-    return {name: network.to(device).eval() for name, network in networks.items()}

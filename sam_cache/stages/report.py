@@ -1,4 +1,4 @@
-"""An evaluation for people and for COCO's tools: table, overlays, ground truth and detections."""
+"""An evaluation for people and for COCO's tools: table, overlays and detections."""
 
 import numpy as np
 from rich.console import Console
@@ -6,7 +6,6 @@ from rich.table import Table
 
 from sam_cache.data import mask_to_rle
 from sam_cache.pictures import comparison, draw_overlay
-from sam_cache.stages.cached_data import CachedData
 from sam_cache.stages.scoring import Answer
 
 MOST_SHOWN = 24  # objects in one overlay; more hide the image
@@ -42,53 +41,14 @@ def print_report(report: dict) -> None:
         console.print(f"mask AP, {kind} prompts: {values}", highlight=False)
 
 
-def to_detection(answer: Answer, network: str, data: CachedData) -> dict:
+def to_detection(answer: Answer, network: str) -> dict:
     """The answer as a COCO detection; a prompted object's category is known."""
     mask = answer.masks[network]
     return {
         "image_id": answer.scores[network].image,
-        "category_id": int(data.objects["category"][answer.object]),
+        "category_id": answer.category,
         "segmentation": {"size": list(mask.shape), "counts": mask_to_rle(mask)},
         "score": answer.scores[network].predicted_iou,
-    }
-
-
-def ground_truth(data: CachedData, rows: np.ndarray) -> dict:
-    """The objects of `rows` as COCO ground truth, crowds included as regions to ignore."""
-    images, objects = data.store.images, data.objects
-    number_of = {int(row): number for number, row in enumerate(images.rows)}
-    chosen = np.flatnonzero(np.isin(objects["row"], rows))
-    return {
-        "images": [_image(images, number_of[int(row)]) for row in rows],
-        "categories": data.categories,
-        "annotations": [_annotation(data, int(index), number_of) for index in chosen],
-    }
-
-
-def _image(images, number: int) -> dict:
-    return {
-        "id": int(images.ids[number]),
-        "height": int(images.heights[number]),
-        "width": int(images.widths[number]),
-        "neg_category_ids": [],
-        "not_exhaustive_category_ids": [],
-    }
-
-
-def _annotation(data: CachedData, index: int, number_of: dict[int, int]) -> dict:
-    images, objects = data.store.images, data.objects
-    number = number_of[int(objects["row"][index])]
-    return {
-        "id": index + 1,
-        "image_id": int(images.ids[number]),
-        "category_id": int(objects["category"][index]),
-        "bbox": objects["box_xywh_image"][index].tolist(),
-        "area": float(objects["area"][index]),
-        "iscrowd": int(objects["iscrowd"][index]),
-        "segmentation": {
-            "size": [int(images.heights[number]), int(images.widths[number])],
-            "counts": objects["rle"][index],
-        },
     }
 
 
@@ -105,9 +65,9 @@ def draw_answers(image: np.ndarray, answers: list[Answer]) -> np.ndarray:
     }
     masks = {name: [a.masks[name] for a in answers] for name in answers[0].masks}
     ious = {name: float(np.mean([a.scores[name].iou for a in answers])) for name in masks}
-    if "tuned" not in masks:
-        title = f"untouched SAM, IoU {ious['untouched']:.3f}"
-        return draw_overlay(image, masks["untouched"], **prompts, title=title)
+    if len(masks) == 1:
+        name, shown = masks.popitem()
+        return draw_overlay(image, shown, **prompts, title=f"{name} SAM, IoU {ious[name]:.3f}")
     truth = [a.truth for a in answers]
     return comparison(
         image, truth, masks["untouched"], masks["tuned"], **prompts,

@@ -1,19 +1,19 @@
 """Ask networks for the objects of rows and score their masks at the images' own resolution."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sam_cache.batches import Annotator, Sampling, read_rows
-from sam_cache.data import Geometry, PromptMixture
+from sam_cache.data import Geometry, PromptMixture, rle_to_mask
 from sam_cache.evaluation import ObjectScore, boundary_iou, dice, mask_iou
-from sam_cache.model import masks_to_image
-from sam_cache.stages.cached_data import CachedData
+from sam_cache.model import Top, masks_to_image
+from sam_cache.ranks import Ranks
 from sam_cache.stages.decoding import predict
+from sam_cache.stages.exam import Data, Exam
+from sam_cache.training import gather
 from sam_cache.types import Batch, Prompts
 
 MASK_PIXELS = 2**25  # of masks upsampled at once: 128 MiB in fp32
@@ -23,11 +23,11 @@ MASK_PIXELS = 2**25  # of masks upsampled at once: 128 MiB in fp32
 class Answer:
     """What the networks said to one prompt: by network name a boolean mask (H, W) and its score.
 
-    `object` indexes the store's object columns; `prompt` is the single prompt, in the input frame.
+    `prompt` is the single prompt, in the input frame.
     """
 
     row: int
-    object: int
+    category: int
     geometry: Geometry
     prompt: Prompts
     truth: np.ndarray
@@ -35,91 +35,122 @@ class Answer:
     scores: dict[str, ObjectScore]
 
 
+@torch.no_grad()
 def ask(
-    networks: dict[str, nn.Module],
-    data: CachedData,
+    networks: dict[str, Top],
+    data: Data,
     rows: Sequence[int],
-    kind: PromptMixture,
+    kinds: Sequence[PromptMixture],
     seed: int,
     mask_budget: int,
     device: torch.device,
-) -> Iterator[list[Answer]]:
-    """The answers for all objects of one row after the other, every network on the same prompts."""
-    size = next(iter(networks.values())).size
-    annotator = data.annotator(size.mask_size, Sampling(kind, seed, training=False))
-    for batch in read_rows(data.store, annotator, rows):
-        found: list[Answer] = []
-        for chunk in batch.chunks(mask_budget):
-            found += _answer(networks, annotator, chunk, str(kind), device)
-        yield found
+) -> Iterator[dict[str, list[Answer]]]:
+    """For one row after the other the answers for all its objects, by kind; all networks get the same prompts.
+
+    Every network encodes an image once for all kinds.
+    """
+    resolution = next(iter(networks.values())).size.mask_size
+    for exams in data.exams(rows, kinds, seed, resolution):
+        image = exams[0].batch.to(device)
+        levels = {name: network.encode(image) for name, network in networks.items()}
+        yield {str(exam.kind): _answer(networks, levels, exam, mask_budget, device) for exam in exams}
 
 
 def _answer(
-    networks: dict[str, nn.Module], annotator: Annotator, batch: Batch, kind: str, device: torch.device
+    networks: dict[str, Top], levels: dict[str, dict], exam: Exam, mask_budget: int, device: torch.device
 ) -> list[Answer]:
-    row = int(batch.rows[0])
-    geometry = annotator.geometry(row)
-    truths = [annotator.mask(index) for index in batch.objects.tolist()]
+    geometry, batch = exam.geometry, exam.batch
+    truths = [rle_to_mask(rle, geometry.height, geometry.width).astype(bool) for rle in exam.rles]
     masks: dict[str, list[np.ndarray]] = {}
-    predicted: dict[str, Tensor] = {}
+    predicted: dict[str, list[float]] = {}
     for name, network in networks.items():
-        logits, predicted[name] = predict(network, batch.to(device))
-        masks[name] = []
-        for part in logits.split(max(1, MASK_PIXELS // (geometry.height * geometry.width))):
-            shown = masks_to_image(
-                part,
-                geometry.input_size,
-                (geometry.content_height, geometry.content_width),
-                (geometry.height, geometry.width),
-            )
-            masks[name] += list((shown > 0).cpu().numpy())
-    found = []
-    for place, (index, truth) in enumerate(zip(batch.objects.tolist(), truths, strict=True)):
+        asked = replace(batch.to(device), levels=levels[name], pixels=None)
+        found = [predict_in_image(network, chunk, geometry) for chunk in asked.chunks(mask_budget)]
+        masks[name] = [mask for shown, _ in found for mask in shown]
+        predicted[name] = [score for _, scores in found for score in scores.tolist()]
+    answers = []
+    for place, (object, truth) in enumerate(zip(batch.objects.tolist(), truths, strict=True)):
         scores = {
             name: ObjectScore(
-                kind=kind,
-                image=annotator.image_id(row),
-                object=index,
+                kind=str(exam.kind),
+                image=exam.image_id,
+                object=object,
                 area=float(truth.sum()),
                 iou=mask_iou(mask[place], truth),
                 dice=dice(mask[place], truth),
                 boundary_iou=boundary_iou(mask[place], truth),
-                predicted_iou=float(predicted[name][place]),
+                predicted_iou=predicted[name][place],
             )
             for name, mask in masks.items()
         }
-        prompt = batch.prompts.select(torch.tensor([place]))
-        found.append(
+        answers.append(
             Answer(
-                row,
-                index,
+                exam.row,
+                exam.categories[place],
                 geometry,
-                prompt,
+                batch.prompts.select(torch.tensor([place])),
                 truth,
                 {name: mask[place] for name, mask in masks.items()},
                 scores,
             )
         )
-    return found
+    return answers
 
 
-def mean_scores(
-    network: nn.Module,
-    data: CachedData,
-    rows: Sequence[int],
-    mixture: PromptMixture,
-    seed: int,
-    mask_budget: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """Mean IoU over objects for each kind of the mixture, and their mean as `score`; {} without objects."""
-    training = network.training
-    network.eval()
-    means: dict[str, float] = {}
-    for kind in mixture.kinds:
-        found = chain.from_iterable(ask({"now": network}, data, rows, kind, seed, mask_budget, device))
-        ious = [answer.scores["now"].iou for answer in found]
-        if ious:
-            means[f"iou/{kind}"] = float(np.mean(ious))
-    network.train(training)
-    return means | ({"score": float(np.mean(list(means.values())))} if means else {})
+def predict_in_image(network: Top, batch: Batch, geometry: Geometry) -> tuple[list[np.ndarray], Tensor]:
+    """The best mask of every prompt about one image: boolean (H, W) at its own size, and predicted IoUs (P,)."""
+    logits, scores = predict(network, batch)
+    masks: list[np.ndarray] = []
+    for part in logits.split(max(1, MASK_PIXELS // (geometry.height * geometry.width))):
+        shown = masks_to_image(
+            part,
+            geometry.input_size,
+            (geometry.content_height, geometry.content_width),
+            (geometry.height, geometry.width),
+        )
+        masks += list((shown > 0).cpu().numpy())
+    return masks, scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores a network on `rows` of `data`, always on the same prompts; all ranks share the rows.
+
+    `show(row, answers)` is given the first `pictures` rows, with the answers to the first kind.
+    """
+
+    network: Top
+    data: Data
+    rows: np.ndarray
+    mixture: PromptMixture
+    seed: int
+    mask_budget: int
+    device: torch.device
+    ranks: Ranks = Ranks()
+    pictures: int = 0
+    show: Callable[[int, list[Answer]], None] = lambda row, answers: None
+
+    def __call__(self) -> dict[str, float]:
+        """Mean IoU and boundary IoU over objects by kind, and the mean IoU of the kinds as `score`; {} without any."""
+        kinds = self.mixture.kinds
+        training = self.network.training
+        self.network.eval()
+        ious: dict[str, list[float]] = {}
+        shown = 0
+        rows = list(self.ranks.share(self.rows.tolist()))
+        for answers in ask({"tuned": self.network}, self.data, rows, kinds, self.seed, self.mask_budget, self.device):
+            for kind, found in answers.items():
+                ious.setdefault(f"iou/{kind}", []).extend(answer.scores["tuned"].iou for answer in found)
+                ious.setdefault(f"boundary_iou/{kind}", []).extend(
+                    answer.scores["tuned"].boundary_iou for answer in found
+                )
+            if shown < self.pictures and self.ranks.rank == 0:
+                first = answers[str(kinds[0])]
+                self.show(first[0].row, first)
+                shown += 1
+        self.network.train(training)
+        shares = gather(ious)
+        names = dict.fromkeys(name for share in shares for name in share)
+        means = {name: float(np.mean([iou for share in shares for iou in share.get(name, [])])) for name in names}
+        scores = [value for name, value in means.items() if name.startswith("iou/")]
+        return means | ({"score": float(np.mean(scores))} if scores else {})

@@ -33,6 +33,7 @@ def dataset_arguments(cfg: DatasetKnobs) -> dict:
         "masks": under_root(cfg.masks),
         "mask_pattern": cfg.mask_pattern,
         "objects_per": cfg.objects_per,
+        "classes": cfg.classes,
         "ignore_values": cfg.ignore_values,
         "count": cfg.scenes,
         "seed": cfg.scene_seed,

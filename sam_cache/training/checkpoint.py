@@ -3,22 +3,49 @@
 The learning rate is a pure function of the step, and so needs no state.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sam_cache.errors import CheckpointError
+from sam_cache.errors import CheckpointError, UsageError
 from sam_cache.training.run_folder import RunFolder
 
 
 @dataclass
 class Progress:
-    """Loop state: saved whole in every checkpoint, so that resumed equals uninterrupted."""
+    """Loop state: saved whole in every checkpoint, so that resumed equals uninterrupted.
+
+    `best` is the highest held-out value so far and `best_step` when it was reached; `since_best`
+    counts the evaluations since then.
+    """
 
     step: int = 0
     best: float | None = None
     best_step: int = 0
+    since_best: int = 0
+
+    def note(self, found: dict[str, float], by: str) -> bool:
+        """Take in what an evaluation found; True where this step is the best so far by metric `by`.
+
+        Higher is better, and a tie is not. A value that is not a number is better than none, and
+        worse than any number. With {}, where nothing is held out, the last step is the best.
+        Raises UsageError for a metric that the evaluation does not have.
+        """
+        if found and by not in found:
+            raise UsageError(f"--best-by {by}: held-out images are not scored by it; use {', '.join(sorted(found))}")
+        value = float(found.get(by, math.nan))
+        value = None if math.isnan(value) else value
+        if found and self.best is not None and (value is None or value <= self.best):
+            self.since_best += 1
+            return False
+        self.best, self.best_step, self.since_best = value, self.step, 0
+        return True
+
+    def exhausted(self, patience: int | None) -> bool:
+        """True once `patience` evaluations in a row have not been better; None is patience without end."""
+        return patience is not None and self.since_best >= patience
 
 
 def trained_parameters(network: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""Losses of mask decoding, at the decoder's resolution.
+"""The losses a top can be trained with, at the decoder's resolution.
 
 Every loss is given per prompt; reducing over prompts, images and ranks is the training loop's
-business. Targets are soft: the share of a cell's area that the object covers. Padding is left out
-by `valid`, the share of a cell that lies on the image.
+business. What each kind is made of, and why padding and soft targets count as they do, is in
+`sam_cache.training.mask_losses`.
 """
 
 from dataclasses import dataclass
@@ -10,29 +10,69 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+
+from sam_cache.errors import UsageError
+from sam_cache.training.mask_losses import (
+    at_least_fp32,
+    balanced_bce_loss,
+    bce_loss,
+    dice_loss,
+    focal_and_dice,
+    iou_of,
+    point_set,
+    read_at_points,
+    soft_iou_loss,
+)
+
+# What `mask` and `overlap` of a kind are, by the names they are logged under.
+PARTS = {
+    "focal-dice": ("focal", "dice"),
+    "bce-iou": ("bce", "soft_iou"),
+    "balanced-bce-iou": ("balanced_bce", "soft_iou"),
+    "points": ("bce", "dice"),
+}
+LOSSES = tuple(PARTS)
+
+
+def part_names(kind: str) -> tuple[str, str]:
+    """The names of a kind's `mask` and `overlap` parts. Raises UsageError for an unknown kind."""
+    if kind not in PARTS:
+        raise UsageError(f"loss {kind!r} is unknown: use {', '.join(LOSSES[:-1])} or {LOSSES[-1]}")
+    return PARTS[kind]
 
 
 @dataclass(frozen=True)
 class LossWeights:
     """How much each part counts. The default is SAM's: Kirillov et al. 2023, appendix A."""
 
-    focal: float = 20.0
-    dice: float = 1.0
+    mask: float = 20.0
+    overlap: float = 1.0
     iou: float = 1.0
+
+    @classmethod
+    def of(cls, kind: str) -> "LossWeights":
+        """What a kind's own source uses: 20, 1, 1 for focal-dice, else 1, 1, 1.
+
+        SAM-Adapter and HQ-SAM weigh their two parts alike and leave the IoU head alone. It counts
+        here all the same: while the decoder moves on, a head left alone ranks masks it no longer
+        knows. Weight 0 is the published recipe. Raises UsageError for an unknown kind.
+        """
+        part_names(kind)
+        return cls() if kind == "focal-dice" else cls(mask=1.0)
 
 
 @dataclass(frozen=True)
 class SamLosses:
     """Per prompt: `total` is the weighted sum of the three parts and alone carries a gradient.
 
-    `focal` and `dice` belong to the mask `chosen` (an index into the M predicted masks); `iou` is
-    the squared error of the IoU head, averaged over all M.
+    `mask` and `overlap` are the two parts that `part_names` names; they belong to the mask `chosen`
+    (an index into the M predicted masks). `iou` is the squared error of the IoU head, averaged over
+    all M.
     """
 
     total: Float[Tensor, "P"]
-    focal: Float[Tensor, "P"]
-    dice: Float[Tensor, "P"]
+    mask: Float[Tensor, "P"]
+    overlap: Float[Tensor, "P"]
     iou: Float[Tensor, "P"]
     chosen: Int[Tensor, "P"]
 
@@ -44,20 +84,35 @@ def sam_loss(
     valid: Float[Tensor, "V h w"],
     image_index: Int[Tensor, "P"] | None = None,
     weights: LossWeights = LossWeights(),
+    kind: str = "focal-dice",
+    chance: Float[Tensor, "P 2"] | None = None,
 ) -> SamLosses:
-    """SAM's training loss: 20 focal + 1 dice + 1 squared error of the IoU head.
+    """A mask loss of the given kind plus the squared error of the IoU head.
 
-    Of M > 1 masks only the one with the lowest weighted focal + dice is back-propagated
+        focal-dice        focal and Dice loss: SAM's own (Kirillov et al. 2023, appendix A)
+        bce-iou           cross entropy and soft IoU: SAM-Adapter's `iou` (Chen et al. 2023)
+        balanced-bce-iou  the same with the balanced cross entropy of SAM-Adapter's `bbce`, which
+                          that code uses alone: overlap weight 0 is its recipe, but learns nothing
+                          from an empty target
+        points            cross entropy and Dice on 1,024 points of the map, as HQ-SAM (Ke et al.
+                          2023) and PointRend (Kirillov et al. 2020) do; theirs seek out where the
+                          mask is unsure, these are spread evenly, so small objects meet few of them
+
+    Of M > 1 masks only the one with the lowest weighted mask + overlap is back-propagated
     (Kirillov et al. 2023, section 3 "Resolving ambiguity"). The IoU head however is supervised on
     all M, as SAM 2 does (facebookresearch/sam2, `supervise_all_iou`): at inference it has to
     rank masks, so it must have seen the bad ones too.
 
     `scores` are the IoU head's predictions. `valid` has one map per prompt, or one per image when
-    `image_index` says which image each prompt belongs to. Half-precision input is computed in fp32.
+    `image_index` says which image each prompt belongs to. `chance`, two numbers in [0, 1) per
+    prompt, shifts the points of `points` (None: not at all) and means nothing to the other kinds.
+    Half-precision input is computed in fp32. Raises UsageError for an unknown kind.
     """
-    logits, scores, targets, valid = map(_at_least_fp32, (logits, scores, targets, valid))
+    part_names(kind)
+    logits, scores, targets, valid = map(at_least_fp32, (logits, scores, targets, valid))
     if image_index is not None:
         valid = valid[image_index]
+    chance = logits.new_zeros(len(logits), 2) if chance is None else at_least_fp32(chance)
 
     squared_error = (scores - iou_of(logits, targets, valid)).square().mean(dim=1)
 
@@ -65,94 +120,25 @@ def sam_loss(
     chosen = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     if logits.shape[1] > 1:
         with torch.no_grad():
-            focal, dice = _focal_and_dice(logits, targets, valid)
-            chosen = (weights.focal * focal + weights.dice * dice).argmin(dim=1)
+            mask, overlap = _mask_and_overlap(kind, logits, targets, valid, chance)
+            chosen = (weights.mask * mask + weights.overlap * overlap).argmin(dim=1)
         logits = logits[torch.arange(len(logits), device=logits.device), chosen].unsqueeze(1)
 
-    focal, dice = (part.squeeze(1) for part in _focal_and_dice(logits, targets, valid))
-    total = weights.focal * focal + weights.dice * dice + weights.iou * squared_error
-    return SamLosses(total, focal.detach(), dice.detach(), squared_error.detach(), chosen)
+    mask, overlap = (part.squeeze(1) for part in _mask_and_overlap(kind, logits, targets, valid, chance))
+    total = weights.mask * mask + weights.overlap * overlap + weights.iou * squared_error
+    return SamLosses(total, mask.detach(), overlap.detach(), squared_error.detach(), chosen)
 
 
-def focal_loss(
-    logits: Float[Tensor, "P M h w"],
-    targets: Float[Tensor, "P h w"],
-    valid: Float[Tensor, "P h w"],
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-) -> Float[Tensor, "P M"]:
-    """Focal loss (Lin et al. 2017), averaged over the valid cells of each mask.
-
-    With p the predicted and t the true share of a cell: alpha_t * (1 - p_t)^gamma * cross entropy,
-    where p_t = p t + (1 - p)(1 - t) and alpha_t = alpha t + (1 - alpha)(1 - t), which is
-    torchvision's `sigmoid_focal_loss` for soft targets. alpha and gamma are RetinaNet's.
-    """
-    logits, targets, valid = map(_at_least_fp32, (logits, targets, valid))
-    return _focal(logits, logits.sigmoid(), targets, valid, alpha, gamma)
-
-
-def dice_loss(
-    logits: Float[Tensor, "P M h w"],
-    targets: Float[Tensor, "P h w"],
-    valid: Float[Tensor, "P h w"],
-) -> Float[Tensor, "P M"]:
-    """Soft Dice loss over the valid cells: 1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1).
-
-    After Milletari et al. 2016 in the form of DETR, MaskFormer and SAM 2: plain sums in the
-    denominator, smoothed by one cell, so that an empty target is best met by an empty mask.
-    """
-    logits, targets, valid = map(_at_least_fp32, (logits, targets, valid))
-    return _dice(logits.sigmoid(), targets, valid)
-
-
-@torch.no_grad()
-def iou_of(
-    logits: Float[Tensor, "P M h w"],
-    targets: Float[Tensor, "P h w"],
-    valid: Float[Tensor, "P h w"],
-) -> Float[Tensor, "P M"]:
-    """IoU of the masks (logit > 0) with the targets (coverage >= 0.5), on cells at least half valid.
-
-    An empty mask for an empty target scores 1. For an object that is merely too thin to fill half
-    of any cell it scores 0: the IoU head must not learn that predicting nothing is perfect.
-    """
-    inside = (valid >= 0.5).unsqueeze(1)
-    predicted = (logits > 0) & inside
-    wanted = (targets >= 0.5).unsqueeze(1) & inside
-    intersection = (predicted & wanted).sum(dim=(2, 3))
-    union = (predicted | wanted).sum(dim=(2, 3))
-    nothing_there = ((targets * valid).amax(dim=(1, 2)) == 0).unsqueeze(1)
-    iou = intersection / union.clamp(min=1)
-    return torch.where((union == 0) & nothing_there, 1.0, iou).to(logits.dtype)
-
-
-def _focal_and_dice(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    probabilities = logits.sigmoid()
-    return _focal(logits, probabilities, targets, valid), _dice(probabilities, targets, valid)
-
-
-def _focal(
-    logits: Tensor,
-    probabilities: Tensor,
-    targets: Tensor,
-    valid: Tensor,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-) -> Tensor:
-    # What does not depend on the logits comes first, so that autograd keeps nothing of it.
-    cell_weight = (valid * ((2 * alpha - 1) * targets + (1 - alpha))).unsqueeze(1)
-    targets = targets.unsqueeze(1).expand_as(logits)
-    cross_entropy = binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    miss = torch.lerp(probabilities, 1 - probabilities, targets)  # 1 - p_t
-    return (cell_weight * cross_entropy * miss**gamma).sum(dim=(2, 3)) / valid.sum(dim=(1, 2)).unsqueeze(1)
-
-
-def _dice(probabilities: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    wanted = (targets * valid).unsqueeze(1)
-    intersection = (probabilities * wanted).sum(dim=(2, 3))
-    predicted = (probabilities * valid.unsqueeze(1)).sum(dim=(2, 3))
-    return 1 - (2 * intersection + 1) / (predicted + wanted.sum(dim=(2, 3)) + 1)
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _mask_and_overlap(
+    kind: str, logits: Tensor, targets: Tensor, valid: Tensor, chance: Tensor
+) -> tuple[Tensor, Tensor]:
+    cells = logits, targets, valid
+    match kind:
+        case "focal-dice":
+            return focal_and_dice(*cells)
+        case "bce-iou":
+            return bce_loss(*cells), soft_iou_loss(*cells)
+        case "balanced-bce-iou":
+            return balanced_bce_loss(*cells), soft_iou_loss(*cells)
+    at_points = read_at_points(*cells, point_set(chance))
+    return bce_loss(*at_points), dice_loss(*at_points)

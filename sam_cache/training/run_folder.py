@@ -3,7 +3,9 @@
 config.json            the resolved configuration
 record.json            what the run was given: store, rows trained on, rows held out, sizes
 metrics.jsonl          one JSON object per line, keyed by `step`
-tensorboard/           the same for TensorBoard
+summary.json           how it ended: steps, best score, seconds, peak memory
+curves.png             its losses, scores and learning rate
+tensorboard/, wandb/   the metrics and pictures again, for these trackers
 checkpoints/step-000100/{weights.safetensors, optimizer.pt, state.json}
 last, best             text files, each naming a checkpoint folder
 """
@@ -40,7 +42,7 @@ class RunFolder:
     def open(cls, path: Path) -> "RunFolder":
         """Raises CheckpointError where there is no run."""
         if not (path / "config.json").exists():
-            raise CheckpointError(f"{path}: no run there; name the folder that train-top wrote")
+            raise CheckpointError(f"{path}: no run there; name the folder that a training wrote")
         return cls(path)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

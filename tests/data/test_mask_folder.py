@@ -6,7 +6,7 @@ from PIL import Image
 
 from sam_cache.data import decode, open_dataset, rle_to_mask
 from sam_cache.data.pairing import pair_masks
-from sam_cache.errors import DatasetError, ImageError
+from sam_cache.errors import DatasetError, ImageError, UsageError
 
 SHAPE = (20, 30)
 
@@ -301,3 +301,63 @@ def test_real_palette_with_void(real_data):
         for category, region in found:
             np.testing.assert_array_equal(region, values == category)
     assert dataset.problems == []
+
+
+def test_declared_classes_report_masks_with_other_values(tmp_path):
+    for name in "abc":
+        write_image(tmp_path / "images" / f"{name}.png")
+    write_mask(tmp_path / "masks/a.png", square(1) + square(2, top=11))
+    write_mask(tmp_path / "masks/b.png", square(1) + square(9, top=11))
+    write_mask(tmp_path / "masks/c.png", square(2) + square(255, top=11))
+    dataset = open_folders(tmp_path, classes=[1, 2, 5])
+    assert dataset.categories == {1: "1", 2: "2", 5: "5"}
+    assert [[category for category, _ in masks_of(dataset, number)] for number in range(3)] == [[1, 2], [], [2]]
+    assert dataset.problems == [
+        "mask b.png: holds 9, neither a declared class nor ignored; "
+        "add it to --classes or --ignore-values, or correct the mask"
+    ]
+    assert dataset.categories == {1: "1", 2: "2", 5: "5"}
+
+
+def test_declared_classes_with_ignored_values_leave_nothing_else(tmp_path):
+    write_image(tmp_path / "images/a.png")
+    write_image(tmp_path / "images/b.png")
+    write_mask(tmp_path / "masks/a.png", square(1) + square(9, top=11))
+    write_mask(tmp_path / "masks/b.png", square(1) + square(255, top=11))
+    dataset = open_folders(tmp_path, classes=[1], ignore_values=[0, 9])
+    assert [category for category, _ in masks_of(dataset, 0)] == [1]
+    assert dataset.objects(1) == []
+    assert dataset.problems[0].startswith("mask b.png: holds 255, neither")
+
+
+@pytest.mark.parametrize("classes", [[0, 1], {1, 0, 7}])
+def test_declared_classes_make_binary_looking_masks_indices_and_zero_a_class(tmp_path, classes):
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / "masks/a.png", square())
+    dataset = open_folders(tmp_path, classes=classes)
+    assert dataset.notes == ["masks are class indices (looked at 1 of 1, values 0, 1)"]
+    found = masks_of(dataset, 0)
+    assert [category for category, _ in found] == [0, 1]
+    np.testing.assert_array_equal(found[0][1], 1 - square())
+
+
+def test_classes_that_contradict(tmp_path):
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / "masks/a.png", square())
+    with pytest.raises(UsageError, match=r"values 1: both --classes and --ignore-values"):
+        open_folders(tmp_path, classes=[1, 2], ignore_values=[0, 1])
+    for declared in ({"classes": [1]}, {"ignore_values": [0]}):
+        with pytest.raises(DatasetError, match="one file per object are binary, not class indices"):
+            open_folders(tmp_path, mask_pattern="{stem}*", **declared)
+
+
+def test_real_street_scenes_with_declared_classes(real_data):
+    root = real_data / "camvid"
+    folders = {"images": root / "train", "masks": root / "trainannot", "limit": 2}
+    declared = open_dataset("masks", **folders, classes=range(11), ignore_values=[11])
+    plain = open_dataset("masks", **folders, ignore_values=[11])
+    assert [declared.objects(number) for number in range(2)] == [plain.objects(number) for number in range(2)]
+    assert declared.problems == []
+    narrow = open_dataset("masks", **folders, classes=range(3))
+    assert narrow.objects(0) == []
+    assert "neither a declared class nor ignored" in narrow.problems[0]

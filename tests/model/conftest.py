@@ -61,6 +61,7 @@ def make_prompts() -> Callable[..., Prompts]:
             offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
             boxes_xyxy_input=corners.flatten(1),
             has_box=torch.tensor([box for _, _, box in specs], dtype=torch.bool),
+            chance=torch.rand(len(specs), 2, generator=generator),
         )
 
     return make_prompts

@@ -41,6 +41,14 @@ def test_curves_are_drawn(tmp_path):
     assert np.array_equal(draw("nothing"), whole)
 
 
+@pytest.mark.parametrize("name", ["bce", "balanced_bce", "soft_iou"])
+def test_parts_of_other_losses_are_drawn(tmp_path, name):
+    lines = list(metrics_of(30))
+    draw_curves(lines, tmp_path / "without.png")
+    draw_curves([line | {name: 0.3 / line["step"]} for line in lines], tmp_path / "with.png")
+    assert not np.array_equal(cv2.imread(str(tmp_path / "with.png")), cv2.imread(str(tmp_path / "without.png")))
+
+
 def test_smoothing_keeps_constants_and_does_not_lag():
     assert _smooth(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
     line = np.arange(200.0)

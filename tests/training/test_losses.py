@@ -1,10 +1,28 @@
 import math
+from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.ops import sigmoid_focal_loss
 
-from sam_cache.training.losses import LossWeights, dice_loss, focal_loss, iou_of, sam_loss
+from sam_cache.errors import UsageError
+from sam_cache.training.losses import LOSSES, LossWeights, part_names, sam_loss
+from sam_cache.training.mask_losses import (
+    POINTS,
+    balanced_bce_loss,
+    bce_loss,
+    dice_loss,
+    focal_loss,
+    iou_of,
+    point_set,
+    read_at_points,
+    soft_iou_loss,
+)
+
+every_kind = pytest.mark.parametrize("kind", LOSSES)
 
 
 def draw(prompts=5, masks=3, height=8, width=6, dtype=torch.float64, seed=0):
@@ -16,8 +34,35 @@ def draw(prompts=5, masks=3, height=8, width=6, dtype=torch.float64, seed=0):
     valid = torch.ones(prompts, height, width, dtype=dtype)
     valid[:, -2] = 0.3  # the image ends within this row
     valid[:, -1] = 0
-    valid[1, :, -1] = 0
+    valid[1:2, :, -1] = 0
     return logits, scores, targets * valid, valid
+
+
+def draw_chance(prompts=5, seed=1):
+    return torch.rand(prompts, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def draw_blobs(side=64, prompts=3, dtype=torch.float64):
+    """Smooth logits and targets: wide discs with soft rims, each in another place."""
+    y, x = torch.meshgrid(*[(torch.arange(side, dtype=dtype) + 0.5) / side] * 2, indexing="ij")
+    middle = torch.arange(prompts, dtype=dtype)[:, None, None] / (2 * prompts) + 0.25
+    radius = ((x - middle).square() + (y - 0.4).square()).sqrt()
+    logits, targets = 12 * (0.3 - radius), (8 * (0.28 - radius)).sigmoid()
+    return logits[:, None], targets
+
+
+def parts_of(kind, logits, targets, valid, chance):
+    """A kind's two parts for each of M masks, from the public losses."""
+    cells = logits, targets, valid
+    if kind == "points":
+        cells = read_at_points(*cells, point_set(chance))
+    first, second = {
+        "focal-dice": (focal_loss, dice_loss),
+        "bce-iou": (bce_loss, soft_iou_loss),
+        "balanced-bce-iou": (balanced_bce_loss, soft_iou_loss),
+        "points": (bce_loss, dice_loss),
+    }[kind]
+    return first(*cells), second(*cells)
 
 
 def assert_same(losses, expected):
@@ -49,6 +94,34 @@ def test_focal_and_dice_by_hand():
     assert dice_loss(logits, targets, valid).item() == pytest.approx(expected)
 
 
+def test_cross_entropies_and_soft_iou_equal_plain_loops():
+    logits, _, targets, valid = draw()
+    found = [loss(logits, targets, valid).numpy() for loss in (bce_loss, balanced_bce_loss, soft_iou_loss)]
+    for prompt in range(5):
+        wanted, area = targets[prompt].numpy(), valid[prompt].numpy()
+        share = (wanted * area).sum() / area.sum()
+        for mask in range(3):
+            p = 1 / (1 + np.exp(-logits[prompt, mask].numpy()))
+            on_object, on_background = -wanted * np.log(p), -(1 - wanted) * np.log(1 - p)
+            expected = [
+                (area * (on_object + on_background)).sum() / area.sum(),
+                (area * ((1 - share) * on_object + share * on_background)).sum() / area.sum(),
+            ]
+            intersection = (area * p * wanted).sum()
+            union = (area * p).sum() + (area * wanted).sum() - intersection
+            expected.append(1 - (intersection + 1) / (union + 1))
+            assert [each[prompt, mask] for each in found] == pytest.approx(expected)
+
+
+def test_balanced_cross_entropy_is_that_of_sam_adapter():
+    """Its weighting: the share of positives, times a cross entropy with pos_weight negatives / positives."""
+    logits, _, targets, _ = draw(prompts=1, masks=1)
+    positives, negatives = targets.sum(), (1 - targets).sum()
+    each = torch.nn.BCEWithLogitsLoss(pos_weight=negatives / positives)(logits[:, 0], targets)
+    expected = positives / (positives + negatives) * each
+    assert balanced_bce_loss(logits, targets, torch.ones_like(targets)).item() == pytest.approx(expected.item())
+
+
 def test_iou_by_hand():
     logits = torch.tensor([[2.0, 0.1, -1.0, -3.0, 5.0], [-1.0] * 5]).reshape(1, 2, 1, 5)
     targets = torch.tensor([1.0, 0.4, 0.5, 0.0, 1.0]).reshape(1, 1, 5)
@@ -64,35 +137,51 @@ def test_iou_of_empty_masks():
     assert iou_of(nothing, targets, torch.ones(3, 4, 4)).flatten().tolist() == [1, 0, 0]
 
 
-def test_all_empty_target_pulls_the_mask_down():
+@every_kind
+def test_empty_target_pulls_the_mask_down(kind):
     logits = torch.zeros(1, 1, 4, 4, requires_grad=True)
-    losses = sam_loss(logits, torch.ones(1, 1), torch.zeros(1, 4, 4), torch.ones(1, 4, 4))
+    target, valid = torch.zeros(1, 4, 4), torch.ones(1, 4, 4)
+    losses = sam_loss(logits, torch.ones(1, 1), target, valid, kind=kind)
     losses.total.sum().backward()
     assert (logits.grad > 0).all()
     assert losses.iou.item() == 0  # logit 0 is outside the mask: empty, and rightly so
-    empty = torch.full((1, 1, 4, 4), -100.0)
-    assert dice_loss(empty, torch.zeros(1, 4, 4), torch.ones(1, 4, 4)).item() == pytest.approx(0, abs=1e-6)
+    empty = sam_loss(torch.full((1, 1, 4, 4), -100.0), torch.ones(1, 1), target, valid, kind=kind)
+    assert empty.total.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_total_is_the_weighted_sum():
+@every_kind
+def test_perfect_prediction_costs_nothing(kind):
+    targets = torch.stack([torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)])
+    if kind != "points":  # which read a mask between cells too, where an edge is never perfect
+        targets[2, 2:5, 1:7] = 1
+    logits, scores, valid = 200 * (targets[:, None] - 0.5), torch.ones(3, 1), torch.ones(3, 8, 8)
+    assert sam_loss(logits, scores, targets, valid, kind=kind).total.tolist() == pytest.approx([0] * 3, abs=1e-5)
+    assert (sam_loss(-logits, scores, targets, valid, kind=kind).total > 1).all()
+
+
+@every_kind
+def test_total_is_the_weighted_sum(kind):
     logits, scores, targets, valid = draw(masks=1)
-    weights = LossWeights(focal=7.0, dice=3.0, iou=2.0)
-    losses = sam_loss(logits, scores, targets, valid, weights=weights)
-    focal, dice = focal_loss(logits, targets, valid)[:, 0], dice_loss(logits, targets, valid)[:, 0]
+    weights, chance = LossWeights(mask=7.0, overlap=3.0, iou=2.0), draw_chance()
+    losses = sam_loss(logits, scores, targets, valid, weights=weights, kind=kind, chance=chance)
+    mask, overlap = (part[:, 0] for part in parts_of(kind, logits, targets, valid, chance))
     error = (scores - iou_of(logits, targets, valid))[:, 0] ** 2
-    torch.testing.assert_close(losses.total, 7 * focal + 3 * dice + 2 * error)
-    torch.testing.assert_close((losses.focal, losses.dice, losses.iou), (focal, dice, error))
+    torch.testing.assert_close(losses.total, 7 * mask + 3 * overlap + 2 * error)
+    torch.testing.assert_close((losses.mask, losses.overlap, losses.iou), (mask, overlap, error))
     assert not losses.chosen.any()
 
 
-def test_gradient_goes_through_the_chosen_mask_only():
+@every_kind
+def test_gradient_goes_through_the_chosen_mask_only(kind):
     logits, scores, targets, valid = draw()
     logits.requires_grad_()
     scores.requires_grad_()
-    losses = sam_loss(logits, scores, targets, valid)
+    weights, chance = LossWeights.of(kind), draw_chance()
+    losses = sam_loss(logits, scores, targets, valid, weights=weights, kind=kind, chance=chance)
     losses.total.sum().backward()
 
-    each = 20 * focal_loss(logits, targets, valid) + dice_loss(logits, targets, valid)
+    mask, overlap = parts_of(kind, logits, targets, valid, chance)
+    each = weights.mask * mask + weights.overlap * overlap
     assert losses.chosen.tolist() == each.argmin(1).tolist()
     assert len(losses.chosen.unique()) > 1, "the draw should not always choose the same mask"
     touched = logits.grad.flatten(2).any(-1)
@@ -104,22 +193,24 @@ def test_gradient_goes_through_the_chosen_mask_only():
     torch.testing.assert_close(scores.grad, 2 * (scores - iou_of(logits, targets, valid)).detach() / 3)
 
 
+@every_kind
 @pytest.mark.parametrize("masks", [1, 3])
-def test_gradient_by_finite_differences(masks):
+def test_gradient_by_finite_differences(kind, masks):
     logits, scores, targets, valid = draw(prompts=2, masks=masks, height=4, width=3)
 
     def total(logits, scores):
-        return sam_loss(logits, scores, targets, valid).total
+        return sam_loss(logits, scores, targets, valid, kind=kind, chance=draw_chance(2)).total
 
     assert torch.autograd.gradcheck(total, (logits.requires_grad_(), scores.requires_grad_()))
 
 
-def test_padding_has_no_effect():
+@every_kind
+def test_padding_has_no_effect(kind):
     logits, scores, targets, valid = draw()
     changed = torch.where(valid[:, None] == 0, 50.0, logits).requires_grad_()
     painted = torch.where(valid == 0, 1.0, targets)
-    losses = sam_loss(changed, scores, painted, valid)
-    assert_same(losses, sam_loss(logits, scores, targets, valid))
+    losses = sam_loss(changed, scores, painted, valid, kind=kind, chance=draw_chance())
+    assert_same(losses, sam_loss(logits, scores, targets, valid, kind=kind, chance=draw_chance()))
     losses.total.sum().backward()
     assert not (changed.grad * (valid == 0)[:, None]).any()
 
@@ -132,29 +223,121 @@ def test_valid_per_image():
     assert_same(given, sam_loss(logits, scores, targets, per_image[image_index]))
 
 
-def test_prompts_are_independent():
-    logits, scores, targets, valid = draw()
-    together = sam_loss(logits, scores, targets, valid)
-    for p in range(len(logits)):
-        alone = sam_loss(logits[p : p + 1], scores[p : p + 1], targets[p : p + 1], valid[p : p + 1])
-        torch.testing.assert_close(alone.total[0], together.total[p])
+@every_kind
+def test_prompts_are_independent(kind):
+    cells = (*draw(), draw_chance())
+    together = sam_loss(*cells[:4], kind=kind, chance=cells[4])
+    for p in range(5):
+        *alone, chance = (tensor[p : p + 1] for tensor in cells)
+        torch.testing.assert_close(sam_loss(*alone, kind=kind, chance=chance).total[0], together.total[p])
 
 
+@every_kind
 @pytest.mark.parametrize("extreme", [-100.0, 100.0])
-def test_finite_at_extreme_logits(extreme):
+def test_finite_at_extreme_logits(kind, extreme):
     logits = torch.full((2, 2, 4, 4), extreme, requires_grad=True)
     targets = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])
-    losses = sam_loss(logits, torch.ones(2, 2), targets, torch.ones(2, 4, 4))
+    losses = sam_loss(logits, torch.ones(2, 2), targets, torch.ones(2, 4, 4), kind=kind)
     losses.total.sum().backward()
     assert losses.total.isfinite().all()
     assert logits.grad.isfinite().all()
 
 
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_fp32(dtype):
-    logits, scores, targets, valid = (tensor.to(dtype) for tensor in draw(height=32, width=32))
-    expected = sam_loss(logits.float(), scores.float(), targets.float(), valid.float())
+def test_half_precision_is_computed_in_fp32(kind, dtype):
+    half = [tensor.to(dtype) for tensor in (*draw(height=32, width=32), draw_chance())]
+    full = [tensor.float() for tensor in half]
+    expected = sam_loss(*full[:4], kind=kind, chance=full[4])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = sam_loss(logits, scores, targets, valid)
+        losses = sam_loss(*half[:4], kind=kind, chance=half[4])
     assert losses.total.dtype == torch.float32
     assert_same(losses, expected)
+
+
+def test_points_belong_to_the_prompt_alone():
+    chance = draw_chance()
+    assert torch.equal(point_set(chance)[3], point_set(chance[3:4])[0])
+    assert len({tuple(points[0].tolist()) for points in point_set(chance)}) == 5
+    shifted = point_set(torch.tensor([[0.25, 0.5]]))[0]
+    torch.testing.assert_close(shifted, (point_set(torch.zeros(1, 2))[0] + torch.tensor([0.25, 0.5])) % 1)
+
+
+@given(st.floats(0, 1, exclude_max=True, width=32), st.floats(0, 1, exclude_max=True, width=32))
+def test_points_are_spread_evenly_wherever_they_are_shifted(x, y):
+    """Every one of 16 x 16 squares holds 4 points give or take; independent ones leave several squares empty."""
+    points = point_set(torch.tensor([[x, y]]))[0]
+    assert points.shape == (POINTS, 2)
+    assert ((points >= 0) & (points < 1)).all()
+    counts = np.histogramdd(points.numpy(), bins=(16, 16), range=((0, 1), (0, 1)))[0]
+    assert counts.min() >= 1
+    assert counts.max() <= 8
+
+
+def test_points_at_cell_centres_read_the_cells():
+    logits, _, targets, valid = draw()
+    y, x = torch.meshgrid((torch.arange(8) + 0.5) / 8, (torch.arange(6) + 0.5) / 6, indexing="ij")
+    points = torch.stack([x, y], -1).reshape(1, 48, 2).expand(5, -1, -1).double()
+    at_points = read_at_points(logits, targets, valid, points)
+    for loss in (bce_loss, dice_loss, focal_loss, balanced_bce_loss, soft_iou_loss):
+        torch.testing.assert_close(loss(*at_points), loss(logits, targets, valid), rtol=1e-5, atol=1e-6)
+
+
+def test_points_between_cells_are_read_bilinearly_from_the_image_alone():
+    logits = torch.tensor([1.0, 3.0, 50.0]).reshape(1, 1, 1, 3)
+    targets, valid = torch.tensor([[[0.0, 1.0, 1.0]]]), torch.tensor([[[1.0, 1.0, 0.0]]])
+    points = torch.tensor([[[1 / 3, 0.5], [0.25, 0.1], [2 / 3, 0.5], [0.0, 0.0]]])
+    read_logits, read_targets, read_valid = read_at_points(logits, targets, valid, points)
+    assert read_logits.flatten().tolist() == pytest.approx([2.0, 1.5, 3.0, 1.0])
+    assert read_targets.flatten().tolist() == pytest.approx([0.5, 0.25, 1.0, 0.0], abs=1e-6)
+    assert read_valid.flatten().tolist() == pytest.approx([1.0, 1.0, 0.5, 1.0])
+
+
+def test_many_points_cost_what_the_whole_map_costs():
+    logits, targets = draw_blobs()
+    valid = torch.ones_like(targets)
+    valid[:, 50:] = 0
+    whole = bce_loss(logits, targets, valid), dice_loss(logits, targets, valid)
+    errors = []
+    for count in (POINTS, 16384):
+        at_points = read_at_points(logits, targets, valid, point_set(draw_chance(3), count))
+        found = bce_loss(*at_points), dice_loss(*at_points)
+        errors.append(max(float((a / b - 1).abs().max()) for a, b in zip(found, whole, strict=True)))
+    assert errors[0] < 0.03
+    assert errors[1] < 0.003
+
+
+def test_points_that_all_miss_a_thin_image_cost_nothing():
+    logits = torch.ones(1, 2, 4, 4, requires_grad=True)
+    valid = torch.zeros(1, 4, 4)
+    valid[0, 0] = 1e-3
+    points = torch.full((1, 5, 2), 0.9)
+    at_points = read_at_points(logits, torch.ones(1, 4, 4), valid, points)
+    for loss in (bce_loss, balanced_bce_loss, soft_iou_loss, dice_loss):
+        cost = loss(*at_points)
+        assert cost.tolist() == [[0, 0]]
+        cost.sum().backward(retain_graph=True)
+    assert not logits.grad.any()
+
+
+def test_default_weights_and_names_of_each_kind():
+    assert {kind: astuple(LossWeights.of(kind)) for kind in LOSSES} == {
+        "focal-dice": (20, 1, 1),
+        "bce-iou": (1, 1, 1),
+        "balanced-bce-iou": (1, 1, 1),
+        "points": (1, 1, 1),
+    }
+    assert [part_names(kind) for kind in LOSSES] == [
+        ("focal", "dice"),
+        ("bce", "soft_iou"),
+        ("balanced_bce", "soft_iou"),
+        ("bce", "dice"),
+    ]
+
+
+def test_unknown_kind():
+    logits, scores, targets, valid = draw()
+    message = "loss 'hinge' is unknown: use focal-dice, bce-iou, balanced-bce-iou or points"
+    for call in (LossWeights.of, lambda kind: sam_loss(logits, scores, targets, valid, kind=kind)):
+        with pytest.raises(UsageError, match=message):
+            call("hinge")

@@ -1,0 +1,115 @@
+"""What training end to end and its evaluation read: the images of a dataset, and who is held out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from sam_cache.batches import (
+    LiveImages,
+    Preprocessing,
+    Sampling,
+    Visit,
+    collate,
+    is_held_out,
+    usable_objects,
+)
+from sam_cache.data import Augmentation, Dataset, PromptMixture, decode
+from sam_cache.errors import DatasetError, ImageError
+from sam_cache.stages.coco_format import coco_annotation, coco_image
+from sam_cache.stages.exam import Exam
+from sam_cache.stages.progress import Bar, say
+
+
+@dataclass(frozen=True)
+class LiveData:
+    """A dataset with its images' numbers as `train` and `held_out` rows. It is a `stages.exam.Data`.
+
+    Masks are read when their image is, so that training starts at once; what cannot be read is kept in
+    `problems`, by row, and left out.
+    """
+
+    dataset: Dataset
+    how: Preprocessing
+    style: str
+    train: np.ndarray
+    held_out: np.ndarray
+    problems: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: Dataset, how: Preprocessing, style: str, held_out: float, seed: int) -> "LiveData":
+        """Raises DatasetError for a dataset without images."""
+        if not len(dataset.images):
+            raise DatasetError("the dataset has no images; check its paths and --limit")
+        ids = np.array([record.id for record in dataset.images], np.int64)
+        apart = is_held_out(ids, [record.split for record in dataset.images], held_out, seed)
+        rows = np.arange(len(ids))
+        return cls(dataset, how, style, rows[~apart], rows[apart])
+
+    @property
+    def where(self) -> str:
+        return "; ".join(self.dataset.notes) or "the dataset"
+
+    @property
+    def categories(self) -> list[dict]:
+        return self.dataset.list_categories()
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.arange(len(self.dataset.images))
+
+    def images(self, resolution: int, sampling: Sampling, augmentation: Augmentation = Augmentation()) -> LiveImages:
+        return LiveImages(self.dataset, self.how, resolution, sampling, augmentation, self.problems)
+
+    def exams(
+        self, rows: Sequence[int], kinds: Sequence[PromptMixture], seed: int, resolution: int
+    ) -> Iterator[list[Exam]]:
+        readers = [self.images(resolution, Sampling(kind, seed, training=False)) for kind in kinds]
+        for row in rows:
+            examples = [reader.read(Visit(int(row))) for reader in readers]
+            if examples[0] is not None:
+                yield [
+                    Exam(row, found.image_id, kind, found.geometry, collate([found]), found.rles, found.categories)
+                    for kind, found in zip(kinds, examples, strict=True)
+                ]
+
+    def categories_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        with Bar("reading objects", len(rows), "images") as bar:
+            found = []
+            for row in rows.tolist():
+                objects = usable_objects(self.dataset, row)
+                found.append(np.array([object.category for object in objects], np.int64))
+                bar.advance()
+        return found
+
+    def ground_truth(self, rows: np.ndarray) -> dict:
+        images, annotations = [], []
+        for row in rows.tolist():
+            record = self.dataset.images[row]
+            size = record.height, record.width
+            images.append(coco_image(record.id, *size))
+            for found in self.dataset.objects(row) if all(size) else []:
+                annotations.append(
+                    coco_annotation(
+                        len(annotations) + 1, record.id, found.category, found.box_xywh_image, found.area,
+                        found.iscrowd, found.rle, size,
+                    )
+                )  # fmt: skip
+        return {"images": images, "categories": self.categories, "annotations": annotations}
+
+    def picture(self, row: int) -> np.ndarray:
+        record = self.dataset.images[row]
+        try:
+            return decode(self.dataset.read(record), record, self.how.intensity).image
+        except (ImageError, OSError) as error:
+            say(f"overlay of row {row} is drawn on grey: {error}")
+            return np.full((record.height, record.width, 3), 96, np.uint8)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        return [f"{self.dataset.images[row].id} {self.dataset.images[row].path}" for row in rows.tolist()]
+
+    def holding_out(self, trained: list[str], held_out: list[str]) -> "LiveData":
+        """The same data, held out exactly as a run recorded by `names`; images it did not know are new."""
+        names = np.array(self.names(self.rows))
+        apart = np.isin(names, held_out) if np.isin(names, held_out).any() else ~np.isin(names, trained)
+        return replace(self, train=self.rows[~apart], held_out=self.rows[apart])

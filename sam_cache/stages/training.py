@@ -1,0 +1,191 @@
+"""What every training stage does once it knows its network and its data."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sam_cache.batches import Cursor, Order, Sampling
+from sam_cache.config import TrainingKnobs
+from sam_cache.data import parse_prompts
+from sam_cache.errors import Interrupted, UsageError
+from sam_cache.model import PARTS, Top, freeze
+from sam_cache.pictures import draw_curves
+from sam_cache.ranks import Ranks
+from sam_cache.stages.decoding import SamObjective
+from sam_cache.stages.device import peak_memory, pick_mask_budget
+from sam_cache.stages.exam import Data
+from sam_cache.stages.progress import Bar, say, stop_on_signals
+from sam_cache.stages.report import draw_answers
+from sam_cache.stages.run import continue_run, start_run
+from sam_cache.stages.schedule import choose_repeats, make_optimizer, set_pace
+from sam_cache.stages.scoring import Answer, Evaluation
+from sam_cache.training import (
+    Batches,
+    LossWeights,
+    Progress,
+    RunFolder,
+    agree,
+    fit,
+    join_ranks,
+    load,
+    log_images,
+    make_accelerator,
+    same_parameters,
+)
+
+ENCODER_PARTS = ("encoder", "neck", "adapter")
+
+
+@dataclass(frozen=True)
+class Course:
+    """A training stage's own part: what is trained, on what, and what is noted of it.
+
+    `open_batches(order, cursor)` opens the stream of this rank. `files` go into a new run folder.
+    `estimate`, in bytes, is what a step should take of the device's memory; None where nothing says.
+    """
+
+    stage: str
+    network: Top
+    data: Data
+    exam: Data
+    exam_rows: np.ndarray
+    open_batches: Callable[[Order, Cursor], Batches]
+    record: dict
+    files: dict[str, bytes] = field(default_factory=dict)
+    layer_decay: float = 1.0
+    estimate: int | None = None
+
+
+def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: str, ranks: Ranks) -> int:
+    """Train as `course` says; returns 0, or raises Interrupted once a checkpoint holds where it stopped."""
+    if ranks.world > cfg.batch_size:
+        raise UsageError(
+            f"WORLD_SIZE={ranks.world}: --batch-size {cfg.batch_size} counts all processes together, so some would "
+            f"get nothing; give --batch-size {ranks.world} or more, or start fewer"
+        )
+    network, data = course.network.to(device), course.data
+    repeats = None if cfg.sampling == "image" else choose_repeats(cfg, data.categories_of(data.train))
+    order = Order(data.train, cfg.seed, repeats)
+    mask_budget = pick_mask_budget(cfg.mask_budget, device)
+    pace = set_pace(cfg, len(order), mask_budget)
+    join_ranks(device)
+    same_parameters(network)
+    run = open_run(cfg, course, ranks)
+    knobs = cfg.model_dump(mode="json", by_alias=True)
+    accelerator = make_accelerator(device, precision, run.path, cfg.trackers, run.path.name, knobs)
+    optimizer, learning_rate_at = make_optimizer(cfg, network, pace.steps, course.layer_decay)
+    optimizer = accelerator.prepare(optimizer)
+    progress, cursor = Progress(), Cursor()
+    if run.resumable:
+        progress, place = load(network, optimizer, run)
+        cursor = Cursor(**place)
+    if ranks.rank == 0:
+        run.forget_metrics_after(progress.step)
+        tell(course, pace.steps, progress.step, run)
+    accelerator.wait_for_everyone()
+
+    def show(row: int, answers: list[Answer]) -> None:
+        drawn = {f"held_out/row{row:06d}": draw_answers(course.exam.picture(row), answers)}
+        log_images(accelerator, progress.step, drawn)
+
+    evaluate = Evaluation(
+        network, course.exam, course.exam_rows[: cfg.evaluate_images], parse_prompts(cfg.prompts), cfg.seed,
+        mask_budget, device, ranks, cfg.pictures, show,
+    )  # fmt: skip
+    weights = loss_weights(cfg)
+    started = time.perf_counter()
+    with stop_on_signals() as stop, Bar("training", pace.steps, "steps", done=progress.step) as bar:
+        fit(
+            network,
+            course.open_batches(order, cursor),
+            SamObjective(weights, cfg.loss, cfg.corrections),
+            evaluate,
+            optimizer,
+            learning_rate_at,
+            run,
+            accelerator,
+            pace,
+            progress,
+            stop,
+            lambda metrics: bar.advance(note=f"loss {metrics['loss']:.3f}"),
+        )
+    accelerator.end_training()
+    if ranks.rank == 0:
+        finish(run, progress, course, time.perf_counter() - started, device)
+    if progress.step < pace.steps and not progress.exhausted(pace.patience):
+        raise Interrupted(f"stopped at step {progress.step} of {pace.steps}; go on with --out {run.path} --resume")
+    return 0
+
+
+def open_run(cfg: TrainingKnobs, course: Course, ranks: Ranks) -> RunFolder:
+    """The run folder, made or checked by the first rank alone; an error of its is raised on all."""
+    found: RunFolder | Exception | None = None
+    if ranks.rank == 0:
+        try:
+            if cfg.resume:
+                found = continue_run(cfg, course.record)
+            else:
+                found = start_run(cfg, course.stage, course.record, course.files)
+        except Exception as error:
+            found = error
+    found = agree(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def make_sampling(cfg: TrainingKnobs) -> Sampling:
+    """How training asks for objects."""
+    by_object = cfg.sampling == "object"
+    return Sampling(parse_prompts(cfg.prompts), cfg.seed, True, cfg.max_objects, cfg.scale_sampled, by_object)
+
+
+def choose_parts(cfg: TrainingKnobs, train: tuple[str, ...], network: Top, *, adapter: bool) -> None:
+    """Freeze all of `network` but the parts named in `train`, and the adapter where there is one."""
+    have = [
+        part for part in PARTS if part not in ENCODER_PARTS or (part != "adapter" and hasattr(network, "image_encoder"))
+    ]
+    if unknown := [part for part in train if part not in have]:
+        raise UsageError(f"--train {','.join(train)}: unknown part {unknown[0]!r}; parts are {', '.join(have)}")
+    freeze(network, set(train) | ({"adapter"} if adapter else set()), mask_prompts=cfg.corrections > 0)
+
+
+def loss_weights(cfg: TrainingKnobs) -> LossWeights:
+    """The weights asked for, the loss's own where none are."""
+    default = LossWeights.of(cfg.loss)
+    asked = {"mask": cfg.mask_weight, "overlap": cfg.overlap_weight, "iou": cfg.iou_weight}
+    return LossWeights(**{name: getattr(default, name) if value is None else value for name, value in asked.items()})
+
+
+def tell(course: Course, steps: int, done: int, run: RunFolder) -> None:
+    """What is about to be trained, in a line or two."""
+    network, data = course.network, course.data
+    count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    if done:
+        say(f"{run.path}: going on from step {done}")
+    say(f"{len(data.train)} images to train on, {len(data.held_out)} held out; {count:,} parameters, {steps} steps")
+    if course.estimate:
+        say(f"memory: about {course.estimate / 2**30:.2f} GiB estimated")
+
+
+def finish(run: RunFolder, progress: Progress, course: Course, seconds: float, device: torch.device) -> None:
+    """Write summary.json and the curves, and say how it went."""
+    peak = peak_memory(device)
+    summary = {
+        "step": progress.step,
+        "best": progress.best,
+        "best_step": progress.best_step,
+        "seconds": seconds,
+        "peak_memory": peak,
+        "estimated_memory": course.estimate,
+        "trained_parameters": sum(p.numel() for p in course.network.parameters() if p.requires_grad),
+    }
+    run.write_json("summary.json", summary)
+    draw_curves(run.metrics(), run.path / "curves.png")
+    estimated = f" ({course.estimate / 2**30:.2f} GiB estimated)" if course.estimate else ""
+    say(f"memory: {peak / 2**30:.2f} GiB at the peak{estimated}")
+    best = "nothing held out to score" if progress.best is None else f"held-out {progress.best:.3f}"
+    say(f"{run.path}: best checkpoint at step {progress.best_step}, {best}; curves in {run.path / 'curves.png'}")

@@ -87,6 +87,6 @@ def load_trained(network: nn.Module, weights: dict[str, Tensor], source: str) ->
             found = tuple(own[name].shape) if name in own else "no such parameter"
             raise CheckpointError(
                 f"{source}: {name} has shape {tuple(value.shape)}, the model has {found}; "
-                "use the store this run was trained on"
+                "it belongs to another model, adapter or rank: give those it was trained with"
             )
         own[name].data.copy_(value)

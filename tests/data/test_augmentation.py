@@ -219,6 +219,20 @@ def test_a_larger_image_is_cropped_anywhere():
     assert len(lefts) > 60
 
 
+def test_a_turned_image_is_scaled_on_its_turned_canvas():
+    image, _ = noise(40, 60)
+    shapes = set()
+    for seed in range(20):
+        turned = run(image, [], seed, Augmentation(rotate90=True))[0]
+        for scale in (0.5, 2):
+            both = Augmentation(rotate90=True, jitter=(scale, scale))
+            new, (whole,), _ = run(image, [np.ones((40, 60), np.uint8)], seed, both)
+            assert new.shape == turned.shape
+            assert whole.sum() == 40 * 60 * min(1, scale**2)
+        shapes.add(turned.shape)
+    assert shapes == {(40, 60, 3), (60, 40, 3)}
+
+
 def test_scales_are_drawn_evenly_from_the_range():
     mask = np.ones((1000, 1), np.uint8)
     image = painted(mask)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sam_cache.batches import CachedBatches, Preprocessing, Sampling, pixel_batches
+from sam_cache.batches import CachedBatches, Order, Preprocessing, Sampling, pixel_batches
 from sam_cache.config import DatasetKnobs
 from sam_cache.data import parse_prompts
 from sam_cache.model import load_encoder, top_from_bytes
@@ -18,10 +18,11 @@ def step_gradients(store, levels_of):
     data = CachedData.open(store, annotations=None, partial=False, held_out=0, seed=0)
     top = top_from_bytes(data.store.base)
     sampling = Sampling(parse_prompts("point,box,none,point+3-1"), seed=1, training=True)
-    batches = CachedBatches(data.store, data.annotator(top.size.mask_size, sampling), data.train, batch_size=2, seed=0)
+    annotator = data.annotator(top.size.mask_size, sampling)
+    batches = CachedBatches(data.store, annotator, Order(data.train, seed=0), batch_size=2)
     batch = next(iter(batches))
     batch.levels.update(levels_of(batch))
-    loss = SamObjective(LossWeights())(top, batch)["loss"]
+    loss = next(SamObjective(LossWeights())(top, batch))["loss"]
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in top.named_parameters() if p.grad is not None}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sam_cache.config import EvalConfig
 from sam_cache.model import fixed_weights, size_of
-from sam_cache.stages.evaluate import open_data, open_networks
+from sam_cache.stages.evaluate import open_exam
 from sam_cache.store import EmbeddingStore
 from sam_cache.training import RunFolder
 
@@ -180,7 +180,7 @@ def test_a_run_from_another_checkpoint_is_evaluated_from_there(samcache, scenes,
     command = ("--out", "run", "--steps", 1, "--checkpoint", "other.pth", "--train", "decoder", *TRAIN)
     assert samcache("train-top", "--store", scenes, *command) == 0
     cfg = EvalConfig(store=scenes, run=tmp_path / "run")
-    tuned = open_networks(cfg, open_data(cfg), torch.device("cpu"))["tuned"].state_dict()
+    tuned = open_exam(cfg, torch.device("cpu"))[1]["tuned"].state_dict()
     for name, value in tuned.items():
         if name.startswith("prompt_encoder."):
             assert torch.equal(value, other[name]), name

@@ -11,6 +11,14 @@ from sam_cache.model.adapters import (
 )
 from sam_cache.model.decoder import Masks
 from sam_cache.model.encoder import Encoder, load_encoder
+from sam_cache.model.export import (
+    Agreement,
+    check_suffix,
+    compare_with_upstream,
+    fit_trained,
+    official_state,
+    write_state,
+)
 from sam_cache.model.frames import masks_to_image
 from sam_cache.model.memory import estimate_memory
 from sam_cache.model.sam import Sam, depth_of, load_sam
@@ -22,6 +30,7 @@ __all__ = [
     "PARTS",
     "SIZES",
     "AdapterKnobs",
+    "Agreement",
     "Encoder",
     "LoraKnobs",
     "Masks",
@@ -32,8 +41,11 @@ __all__ = [
     "Top",
     "adapter_parameters",
     "attach",
+    "check_suffix",
+    "compare_with_upstream",
     "depth_of",
     "estimate_memory",
+    "fit_trained",
     "fixed_weights",
     "freeze",
     "load_encoder",
@@ -41,7 +53,9 @@ __all__ = [
     "load_top",
     "masks_to_image",
     "merge",
+    "official_state",
     "size_of",
     "top_from_bytes",
     "top_to_bytes",
+    "write_state",
 ]

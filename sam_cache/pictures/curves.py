@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from sam_cache.pictures.files import replace_file
 
 HELD_OUT = "held_out/"
+BOUNDARY = "boundary_iou/"  # kept in the metrics; with these too the picture would be full
 LOSSES = {
     "loss": "total",
     "focal": "focal",
@@ -40,7 +41,7 @@ def draw_curves(metrics: list[dict], path: str | Path) -> None:
     losses.set_yscale("log")
     _finish(losses, "training loss")
 
-    names = {name for line in metrics for name in line if name.startswith(HELD_OUT)}
+    names = {name for line in metrics for name in line if name.startswith(HELD_OUT) and BOUNDARY not in name}
     names = sorted(names, key=lambda name: (name != HELD_OUT + "score", name))
     for number, name in enumerate(names):
         steps, values = _series(metrics, name)
@@ -79,4 +80,4 @@ def _finish(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, ncols=8, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)

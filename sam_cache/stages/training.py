@@ -25,6 +25,7 @@ from sam_cache.stages.scoring import Answer, Evaluation
 from sam_cache.training import (
     Batches,
     LossWeights,
+    Pace,
     Progress,
     RunFolder,
     agree,
@@ -114,7 +115,7 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
         )
     accelerator.end_training()
     if ranks.rank == 0:
-        finish(run, progress, course, time.perf_counter() - started, device)
+        finish(run, progress, course, pace, time.perf_counter() - started, device)
     if progress.step < pace.steps and not progress.exhausted(pace.patience):
         raise Interrupted(f"stopped at step {progress.step} of {pace.steps}; go on with --out {run.path} --resume")
     return 0
@@ -171,7 +172,9 @@ def tell(course: Course, steps: int, done: int, run: RunFolder) -> None:
         say(f"memory: about {course.estimate / 2**30:.2f} GiB estimated")
 
 
-def finish(run: RunFolder, progress: Progress, course: Course, seconds: float, device: torch.device) -> None:
+def finish(
+    run: RunFolder, progress: Progress, course: Course, pace: Pace, seconds: float, device: torch.device
+) -> None:
     """Write summary.json and the curves, and say how it went."""
     peak = peak_memory(device)
     summary = {
@@ -187,5 +190,7 @@ def finish(run: RunFolder, progress: Progress, course: Course, seconds: float, d
     draw_curves(run.metrics(), run.path / "curves.png")
     estimated = f" ({course.estimate / 2**30:.2f} GiB estimated)" if course.estimate else ""
     say(f"memory: {peak / 2**30:.2f} GiB at the peak{estimated}")
+    if progress.step < pace.steps and progress.exhausted(pace.patience):
+        say(f"stopped early: no better score in {progress.since_best} evaluations")
     best = "nothing held out to score" if progress.best is None else f"held-out {progress.best:.3f}"
     say(f"{run.path}: best checkpoint at step {progress.best_step}, {best}; curves in {run.path / 'curves.png'}")

@@ -2,11 +2,23 @@
 
 from pathlib import Path
 
-from sam_cache.config import AdapterKnobs, TrainFullConfig, TrainTopConfig
+from sam_cache.batches import Preprocessing
+from sam_cache.config import AdapterKnobs, ModelKnobs, TrainFullConfig, TrainTopConfig
 from sam_cache.errors import CheckpointError
 from sam_cache.model import AdapterKnobs as ModelAdapterKnobs
-from sam_cache.model import LoraKnobs, Sam, SamAdapterKnobs, SpatialPriorKnobs, Top, attach, load_sam, top_from_bytes
+from sam_cache.model import (
+    LoraKnobs,
+    Sam,
+    SamAdapterKnobs,
+    SpatialPriorKnobs,
+    Top,
+    attach,
+    fit_trained,
+    load_sam,
+    top_from_bytes,
+)
 from sam_cache.stages.embedding_store import checkpoint_of
+from sam_cache.stages.progress import say
 from sam_cache.store import EmbeddingStore
 from sam_cache.training import RunFolder, load_trained
 
@@ -43,16 +55,32 @@ def config_of(run: RunFolder) -> TrainTopConfig | TrainFullConfig:
     return model(**run.read_json("config.json"))
 
 
-def open_base(run: RunFolder, checkpoint: Path | None) -> Sam:
-    """The whole SAM that a run of train-full started from.
+def preprocessing_of(run: RunFolder) -> Preprocessing:
+    """How the images of a run became pixels: for train-top those of its store, by the store's identity."""
+    record = run.read_json("record.json")
+    if stage_of(run) == "train-top":
+        return Preprocessing(**record["identity"]["preprocessing"])
+    cfg = config_of(run)
+    return Preprocessing(record["input_size"], cfg.fit, cfg.normalise, cfg.resize, cfg.intensity)
 
-    `checkpoint` stands in for the file of its configuration. Raises CheckpointError unless it holds the
-    same encoder.
+
+def open_base(run: RunFolder, checkpoint: Path | None, how: Preprocessing | None = None) -> Sam:
+    """The whole SAM whose encoder a run started from; for train-top that is the encoder of its store.
+
+    `checkpoint` stands in for the file of its configuration, which for train-top is the model's official
+    one. `how` gives another input size and normalisation than the run's own. Raises CheckpointError unless
+    the file holds the same encoder.
     """
-    cfg, record = config_of(run), run.read_json("record.json")
-    path = checkpoint or checkpoint_of(cfg)
-    sam = load_sam(cfg.model, path, cfg.input_size, cfg.normalise)
-    check_encoder(sam, record["identity"]["encoder"], str(run.path), path)
+    record, how = run.read_json("record.json"), how or preprocessing_of(run)
+    if stage_of(run) == "train-top":
+        # The run's own --checkpoint is where its top started; its store's encoder came from elsewhere.
+        path = checkpoint_of(ModelKnobs(model=record["model"], checkpoint=checkpoint))
+        digest = record["identity"]["encoder_sha256"]
+    else:
+        path = checkpoint or checkpoint_of(config_of(run))
+        digest = record["identity"]["encoder"]
+    sam = load_sam(record["model"], path, how.input_size, how.normalise)
+    check_encoder(sam, digest, str(run.path), path)
     return sam
 
 
@@ -65,9 +93,9 @@ def check_encoder(sam: Sam, digest: str, owner: str, path: Path | None) -> None:
         )
 
 
-def open_tuned(run: RunFolder, which: str, checkpoint: Path | None = None) -> Sam:
-    """The whole network of a run of train-full, with its trained parameters."""
-    sam = open_base(run, checkpoint)
+def open_tuned(run: RunFolder, which: str, checkpoint: Path | None = None, how: Preprocessing | None = None) -> Sam:
+    """The whole network of a run of train-full, with its trained parameters; arguments as for `open_base`."""
+    sam = open_base(run, checkpoint, how)
     cfg = config_of(run)
     knobs = adapter_knobs(cfg)
     if knobs is not None:
@@ -77,7 +105,24 @@ def open_tuned(run: RunFolder, which: str, checkpoint: Path | None = None) -> Sa
             SpatialPriorKnobs(cfg.spm_rank, cfg.spm_channels) if cfg.adapter == "spm" else knobs,
             cfg.seed,
         )
-    load_trained(sam, run.load_weights(which), str(run.path))
+    load_trained(sam, fit_trained(run.load_weights(which), sam.size), str(run.path))
+    return sam
+
+
+def open_whole(run: RunFolder, which: str, checkpoint: Path | None = None, how: Preprocessing | None = None) -> Sam:
+    """The whole network of a run of either training, encoder and top; arguments as for `open_base`."""
+    if stage_of(run) == "train-full":
+        return open_tuned(run, which, checkpoint, how)
+    sam = open_base(run, checkpoint, how)
+    store = Path(run.read_json("record.json")["store"])
+    if (run.path / START).exists() or store.exists():
+        top = open_tuned_top(run, which)
+        sam.prompt_encoder.load_state_dict(top.prompt_encoder.state_dict())
+        sam.mask_decoder.load_state_dict(top.mask_decoder.state_dict())
+    else:
+        # The store's base weights were those of the file that its encoder came from.
+        say(f"{store}: no longer there; what {run.path} did not train is taken from the file of the encoder")
+        load_trained(sam, run.load_weights(which), str(run.path))
     return sam
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from sam_cache.training.trackers import PROJECT, make_trackers
 
@@ -29,6 +30,8 @@ def make_accelerator(
 
     Raises UsageError for an unknown tracker, and for a W&B that is not installed or not logged in.
     """
+    # Accelerate remembers the precision of a process's first run, and refuses another one to the next.
+    AcceleratorState._reset_state()
     opened = make_trackers(trackers, folder, name or folder.name)
     accelerator = Accelerator(
         mixed_precision=AUTOCAST[precision],

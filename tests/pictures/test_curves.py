@@ -41,6 +41,14 @@ def test_curves_are_drawn(tmp_path):
     assert np.array_equal(draw("nothing"), whole)
 
 
+def test_many_prompt_kinds_fit(tmp_path):
+    """Seven kinds with long names and their boundary scores: the picture is still laid out, without a warning."""
+    kinds = ("box", "point", "point+3-1", "centroid", "interior", "bbox-center", "none")
+    scores = {f"held_out/{score}/{kind}": 0.5 for score in ("iou", "boundary_iou") for kind in kinds}
+    draw_curves([line | scores for line in metrics_of(12)], tmp_path / "curves.png")
+    assert cv2.imread(str(tmp_path / "curves.png")).shape == (1125, 1200, 3)
+
+
 @pytest.mark.parametrize("name", ["bce", "balanced_bce", "soft_iou"])
 def test_parts_of_other_losses_are_drawn(tmp_path, name):
     lines = list(metrics_of(30))

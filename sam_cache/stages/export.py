@@ -1,0 +1,70 @@
+"""Join a run's weights with their base into an official checkpoint, and prove it in segment_anything."""
+
+import os
+from pathlib import Path
+
+from sam_cache.batches import Preprocessing
+from sam_cache.config import ExportConfig
+from sam_cache.errors import CheckpointError
+from sam_cache.model import check_suffix, compare_with_upstream, official_state, size_of, write_state
+from sam_cache.ranks import Ranks
+from sam_cache.stages.device import pick_device
+from sam_cache.stages.progress import say
+from sam_cache.stages.tuned_sam import open_whole, preprocessing_of
+from sam_cache.training import RunFolder
+
+
+def export(cfg: ExportConfig) -> int:
+    """Write `--out` once segment_anything answers from it as we do; returns 0.
+
+    Raises UsageError for an adapter that cannot become plain weights, CheckpointError where the answers
+    differ. Nothing is left at `--out` then but what was there before.
+    """
+    check_suffix(cfg.out)
+    device = pick_device(cfg.device, Ranks.from_env())
+    run = RunFolder.open(cfg.run)
+    official = Preprocessing(size_of(run.read_json("record.json")["model"]).input_size)
+    sam = open_whole(run, cfg.which, cfg.checkpoint, official)
+    state = official_state(sam)
+    warn(run, cfg.which, official)
+
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    aside = cfg.out.with_name(f".{cfg.out.stem}.{os.getpid()}.writing{cfg.out.suffix}")
+    try:
+        write_state(aside, state)
+        found = compare_with_upstream(sam.to(device).eval(), aside)
+        told = f"largest logit difference {found.difference:.1e} (standard deviation {found.deviation:.1f})"
+        if not found.holds:
+            raise CheckpointError(
+                f"{cfg.out}: not written, segment_anything answers otherwise from it: {told}; "
+                "try --device cpu, and report it where that does not help"
+            )
+        publish(aside, cfg.out)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"{cfg.out}: loads in segment_anything; {told}")
+    return 0
+
+
+def warn(run: RunFolder, which: str, official: Preprocessing) -> None:
+    """Say what the file cannot carry: pixels made otherwise than segment_anything does, stretched tables."""
+    how = preprocessing_of(run)
+    # Both ways to resize give nearly the same bytes.
+    differing = [name for name in ("input_size", "fit", "normalise", "intensity")
+                 if getattr(how, name) != getattr(official, name)]  # fmt: skip
+    if differing:
+        trained = ", ".join(f"{name} {getattr(how, name)}" for name in differing)
+        usual = ", ".join(f"{name} {getattr(official, name)}" for name in differing)
+        say(f"{run.path}: trained with {trained}; segment_anything has {usual}, so masks may be worse there")
+    if how.input_size != official.input_size and "image_encoder.vit.pos_embed" in run.load_weights(which):
+        say(
+            f"{run.path}: its position tables, trained for input size {how.input_size}, are stretched back to "
+            f"{official.input_size}, which is not exact"
+        )
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Put a finished file in its place, in one step, once it is on the disk."""
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -61,10 +61,13 @@ def write_state(path: Path, state: State) -> None:
     """
     check_suffix(path)
     tensors = {key: tensor.to("cpu", torch.float32).contiguous() for key, tensor in state.items()}
+    path.touch()
+    mode = path.stat().st_mode
     if path.suffix == ".pth":
         torch.save(tensors, path)
     else:
-        safetensors.torch.save_file(tensors, path)
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for that
+    path.chmod(mode)  # safetensors makes a file of its own, for nobody else to read
 
 
 def check_suffix(path: Path) -> None:

@@ -33,7 +33,7 @@ def export(cfg: ExportConfig) -> int:
     try:
         write_state(aside, state)
         found = compare_with_upstream(sam.to(device).eval(), aside)
-        told = f"largest logit difference {found.difference:.1e} (standard deviation {found.deviation:.1f})"
+        told = f"largest logit difference {found.difference:.1e} (standard deviation {found.deviation:.2g})"
         if not found.holds:
             raise CheckpointError(
                 f"{cfg.out}: not written, segment_anything answers otherwise from it: {told}; "

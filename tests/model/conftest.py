@@ -77,7 +77,9 @@ def decode_one_by_one() -> Callable[[Top, Tensor, Prompts, bool], tuple[Tensor, 
             prompt = prompts.select(torch.tensor([p]))
             points = (prompt.points_xy_input[None], prompt.labels[None]) if len(prompt.labels) else None
             boxes = prompt.boxes_xyxy_input if prompt.has_box[0] else None
-            sparse, dense = top.prompt_encoder(points=points, boxes=boxes, masks=None)
+            sparse, dense = top.prompt_encoder(
+                points=points, boxes=boxes, masks=None if prompt.masks is None else prompt.masks[:, None]
+            )
             masks, iou = top.mask_decoder(
                 image_embeddings=neck[prompt.image_index],
                 image_pe=top.prompt_encoder.get_dense_pe(),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from segment_anything.modeling.mask_decoder import MaskDecoder
@@ -71,13 +73,31 @@ def test_batch_equals_upstream_prompt_by_prompt(tiny_top, neck, prompts, multima
     assert_same_gradients(*grads, bound=1e-5, floor=1e-4)
 
 
+@pytest.mark.parametrize("multimask", [False, True])
+def test_mask_prompts_equal_upstream(tiny_top, neck, prompts, multimask, decode_one_by_one, relative):
+    """Each of these prompts sees an image of its own; none of them is lost, and the mask layers learn."""
+    prompts = replace(prompts, masks=3 * torch.randn(len(SPECS), SIZE.mask_size, SIZE.mask_size))
+    neck.requires_grad_()
+    expected = decode_one_by_one(tiny_top, neck, prompts, multimask)
+    found = tiny_top({"neck": neck}, prompts, multimask)
+    assert relative(found.logits, expected[0]) < 1e-5
+    assert (found.scores - expected[1]).abs().max() < 1e-6 * expected[1].abs().max()  # nearly equal, so no spread
+    grads = gradients(tiny_top, neck, *found), gradients(tiny_top, neck, *expected)
+    assert {key for key, grad in grads[0].items() if grad is None} == {"prompt_encoder.no_mask_embed.weight"}
+    for key, grad in grads[1].items():
+        if grad is not None and not key.endswith("k_proj.bias"):
+            assert (grads[0][key] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, key
+
+
 def test_equals_upstream_to_double_precision(tiny_top, neck, prompts, decode_one_by_one, relative):
     tiny_top.mask_decoder.double()  # upstream's prompt encoder is fp32 by construction
     neck = neck.double().requires_grad_()
     expected = decode_one_by_one(tiny_top, neck, prompts, True)
     found = tiny_top({"neck": neck}, prompts, True)
-    assert relative(found.logits, expected[0]) < 1e-12
-    assert relative(found.scores, expected[1]) < 1e-12
+    # Not less: that prompt encoder's sines differ in their last fp32 bit between one prompt and many,
+    # on some processors and not on others.
+    assert relative(found.logits, expected[0]) < 1e-7
+    assert relative(found.scores, expected[1]) < 1e-7
     grads = gradients(tiny_top, neck, *found), gradients(tiny_top, neck, *expected)
     assert_same_gradients(*grads, bound=1e-6)
 

@@ -31,6 +31,7 @@ from sam_cache.config import (
     resolve,
 )
 from sam_cache.errors import UsageError
+from sam_cache.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def _parse_setting(text: str) -> tuple[str, str, Any]:
 
 def run(name: str, *, root: Path | None, settings: list[str], start: str | None, dry_run: bool) -> int:
     """Run a recipe; returns the exit code of the first stage that does not end with 0."""
+    if (world := Ranks.from_env().world) > 1:
+        raise UsageError(f"WORLD_SIZE={world}: a recipe runs in one process; start its stages with torchrun instead")
     path = find(name)
     stages = plan(path, root, settings)
     names = [stage.name for stage, _ in stages]

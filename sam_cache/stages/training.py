@@ -189,7 +189,8 @@ def finish(
     run.write_json("summary.json", summary)
     draw_curves(run.metrics(), run.path / "curves.png")
     estimated = f" ({course.estimate / 2**30:.2f} GiB estimated)" if course.estimate else ""
-    say(f"memory: {peak / 2**30:.2f} GiB at the peak{estimated}")
+    whose = "of the GPU" if device.type == "cuda" else "of the whole process"
+    say(f"memory: {peak / 2**30:.2f} GiB {whose} at the peak{estimated}")
     if progress.step < pace.steps and progress.exhausted(pace.patience):
         say(f"stopped early: no better score in {progress.since_best} evaluations")
     best = "nothing held out to score" if progress.best is None else f"held-out {progress.best:.3f}"

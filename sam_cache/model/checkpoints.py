@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 
 def load_state(size: ModelSize, checkpoint: Path | None) -> State:
-    """The whole state of `size`, in the official layout: from its file, or drawn where it has none.
+    """The whole state of `size`, in the official layout: from a file, or drawn where it has none.
 
     `size` is at its own input size. Raises CheckpointError.
     """
@@ -27,6 +27,8 @@ def load_state(size: ModelSize, checkpoint: Path | None) -> State:
         return read_checkpoint(checkpoint, size)
     if size.checkpoint:
         raise CheckpointError(f"{size.name} needs a checkpoint file: get {size.origin}, and name it")
+    if size.packaged:
+        return read_checkpoint(Path(__file__).with_name(size.packaged), size)
     return fixed_weights(size)
 
 

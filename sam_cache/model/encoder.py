@@ -85,7 +85,7 @@ def load_encoder(
 ) -> Encoder:
     """The encoder `name` in evaluation mode, without gradients, in fp32 on the CPU.
 
-    `checkpoint` is the official file; models without one (`nano`, `tiny`) have fixed-seed weights.
+    `checkpoint` is the official file; `nano` comes with the package, `tiny` has fixed-seed weights.
     Another `input_size` than the model's own stretches the position tables.
     Raises CheckpointError for a file that is not exactly this model, UsageError for a bad name or size.
     """

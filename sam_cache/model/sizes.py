@@ -12,6 +12,7 @@ class ModelSize:
     `width`, `depth`, `heads`, `global_blocks` and `window` describe the encoder, the fields that
     begin with `decoder_` the two-way transformer and the heads behind it. Both meet at
     `neck_channels`. Defaults are those every released SAM shares (segment_anything/build_sam.py).
+    `checkpoint` is the name of the official file, `packaged` that of one that comes with samcache.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ModelSize:
     decoder_mlp: int = 2048
     decoder_score_width: int = 256
     checkpoint: str = ""
+    packaged: str = ""
 
     @property
     def grid(self) -> int:
@@ -44,7 +46,7 @@ class ModelSize:
         """Where the weights come from, as words for an error message or a report."""
         if self.checkpoint:
             return f"{self.checkpoint} (README of facebookresearch/segment-anything, 'Model Checkpoints')"
-        return f"{self.name} weights in the official layout (without a file, samcache draws them)"
+        return f"{self.name} weights in the official layout (without a file, samcache has its own)"
 
     def at(self, input_size: int | None) -> "ModelSize":
         """The same model for another input size; None keeps the model's own."""
@@ -61,7 +63,7 @@ SIZES = {
         ModelSize("vit_b", 768, 12, 12, (2, 5, 8, 11), checkpoint="sam_vit_b_01ec64.pth"),
         ModelSize("vit_l", 1024, 24, 16, (5, 11, 17, 23), checkpoint="sam_vit_l_0b3195.pth"),
         ModelSize("vit_h", 1280, 32, 16, (7, 15, 23, 31), checkpoint="sam_vit_h_4b8939.pth"),
-        ModelSize("nano", 160, 4, 2, (3,)),
+        ModelSize("nano", 160, 4, 2, (3,), packaged="nano.safetensors"),
         # For tests: a window that does not divide the grid, and few enough heads that usual prompts
         # take the decoder's absorbed attention and long ones its plain attention, as at full size.
         ModelSize(

@@ -36,7 +36,7 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
     how = Preprocessing(size.input_size, cfg.fit, cfg.normalise, cfg.resize, cfg.intensity)
     encoder = load_encoder(cfg.model, checkpoint_of(cfg), cfg.input_size, cfg.normalise)
     encoder.to(device, DTYPES[precision])
-    if checkpoint_of(cfg) is None:
+    if checkpoint_of(cfg) is None and not size.packaged:
         say(f"{cfg.model}: weights drawn from a fixed seed, it knows nothing of the world yet")
     store = open_store(cfg, source, encoder, how, precision, recorded(cfg, dataset is None))
 

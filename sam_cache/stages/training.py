@@ -10,7 +10,7 @@ import torch
 from sam_cache.batches import Cursor, Order, Sampling
 from sam_cache.config import TrainingKnobs
 from sam_cache.data import parse_prompts
-from sam_cache.errors import Interrupted, UsageError
+from sam_cache.errors import DatasetError, Interrupted, UsageError
 from sam_cache.model import PARTS, Top, freeze
 from sam_cache.pictures import draw_curves
 from sam_cache.ranks import Ranks
@@ -70,6 +70,8 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
     network, data = course.network.to(device), course.data
     repeats = None if cfg.sampling == "image" else choose_repeats(cfg, data.categories_of(data.train))
     order = Order(data.train, cfg.seed, repeats)
+    if not len(order):
+        raise DatasetError(f"{data.where}: no image to train on has an object; check its masks or annotations")
     mask_budget = pick_mask_budget(cfg.mask_budget, device)
     pace = set_pace(cfg, len(order), mask_budget)
     join_ranks(device)
@@ -92,17 +94,21 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
         drawn = {f"held_out/row{row:06d}": draw_answers(course.exam.picture(row), answers)}
         log_images(accelerator, progress.step, drawn)
 
-    evaluate = Evaluation(
+    examine = Evaluation(
         network, course.exam, course.exam_rows[: cfg.evaluate_images], parse_prompts(cfg.prompts), cfg.seed,
         mask_budget, device, ranks, cfg.pictures, show,
     )  # fmt: skip
-    weights = loss_weights(cfg)
+
+    def evaluate() -> dict[str, float]:
+        with accelerator.autocast():
+            return examine()
+
     started = time.perf_counter()
     with stop_on_signals() as stop, Bar("training", pace.steps, "steps", done=progress.step) as bar:
         fit(
             network,
             course.open_batches(order, cursor),
-            SamObjective(weights, cfg.loss, cfg.corrections),
+            SamObjective(loss_weights(cfg), cfg.loss, cfg.corrections),
             evaluate,
             optimizer,
             learning_rate_at,

@@ -81,7 +81,7 @@ class Agreement:
     """How far upstream's answers are from ours.
 
     The largest difference of mask logits, the standard deviation of ours, and the largest difference of
-    predicted IoUs.
+    predicted IoUs, as a part of the largest of ours where that is above 1.
     """
 
     difference: float
@@ -107,10 +107,13 @@ def compare_with_upstream(sam: Sam, path: Path) -> Agreement:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours = _ask(sam, image, prompts.to(device))
         theirs = _ask_upstream(load_upstream(sam.size, path).to(device), image, prompts)
-    logits, scores = ([torch.cat([part.cpu().flatten() for part in answer]) for answer in (ours[i], theirs[i])]
-                      for i in range(2))  # fmt: skip
+    (logits, their_logits), (scores, their_scores) = (
+        [torch.cat([found.cpu().flatten() for found in answers[kind]]) for answers in (ours, theirs)] for kind in (0, 1)
+    )
     return Agreement(
-        (logits[0] - logits[1]).abs().max().item(), logits[0].std().item(), (scores[0] - scores[1]).abs().max().item()
+        (logits - their_logits).abs().max().item(),
+        logits.std().item(),
+        ((scores - their_scores).abs().max() / scores.abs().max().clamp(min=1)).item(),
     )
 
 

@@ -14,5 +14,6 @@ def masks_to_image(
     to the image; both bilinear. An image squashed to the input has `content_hw` (input_size, input_size).
     """
     rows, columns = content_hw
-    square = F.interpolate(logits[:, None], (input_size, input_size), mode="bilinear", align_corners=False)
-    return F.interpolate(square[..., :rows, :columns], image_hw, mode="bilinear", align_corners=False)[:, 0]
+    # As one image of many channels, like upstream: of one channel each, some processors round otherwise.
+    square = F.interpolate(logits[None], (input_size, input_size), mode="bilinear", align_corners=False)
+    return F.interpolate(square[..., :rows, :columns], image_hw, mode="bilinear", align_corners=False)[0]

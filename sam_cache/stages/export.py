@@ -32,6 +32,7 @@ def export(cfg: ExportConfig) -> int:
     aside = cfg.out.with_name(f".{cfg.out.stem}.{os.getpid()}.writing{cfg.out.suffix}")
     try:
         write_state(aside, state)
+        say(f"{cfg.out}: giving segment_anything and samcache the same prompts, on {device}")
         found = compare_with_upstream(sam.to(device).eval(), aside)
         told = f"largest logit difference {found.difference:.1e} (standard deviation {found.deviation:.2g})"
         if not found.holds:

@@ -63,7 +63,8 @@ def blob(height, width, seed=0):
 
 
 def same(one, other):
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in vars(one))
+    assert one.masks is other.masks is None
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in vars(one) if name != "masks")
 
 
 @given(
@@ -215,7 +216,9 @@ def test_box_noise_is_small_inside_the_image_and_only_in_training():
     moved = (noisy - tight).abs()
     assert (moved <= (0.1 * sides).clamp(max=20) + 1e-3).all()
     assert moved.max() > 15
-    assert same(ask("box", masks, geometry, epoch=0), ask("box", masks, geometry, epoch=1))
+    first, second = (ask("box", masks, geometry, epoch=epoch) for epoch in (0, 1))
+    assert torch.equal(first.boxes_xyxy_input, second.boxes_xyxy_input)
+    assert not torch.equal(first.chance, second.chance)  # what comes later than the prompt does vary
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from(["longest", "squash"]), st.integers(0, 9))

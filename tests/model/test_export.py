@@ -89,6 +89,12 @@ def test_a_single_wrong_tensor_is_seen(sam, tmp_path, key):
     assert not compare_with_upstream(sam, tmp_path / "sam.pth").holds
 
 
+def test_large_scores_may_round_by_as_much_more(sam, tmp_path):
+    sam.mask_decoder.iou_prediction_head.layers[-1].weight.data *= 1e6
+    write_state(tmp_path / "sam.pth", official_state(sam))
+    assert compare_with_upstream(sam, tmp_path / "sam.pth").holds
+
+
 def test_an_update_that_was_not_merged_is_seen(with_lora, tmp_path):
     plain = {key.replace(".vit.", "."): value for key, value in with_lora.state_dict().items() if "low_rank" not in key}
     write_state(tmp_path / "sam.pth", plain)

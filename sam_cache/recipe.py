@@ -225,7 +225,7 @@ class Receipt:
             "train-full": ("checkpoint",),
             "train-top": ("store", "eval_store", "annotations", "checkpoint"),
         }
-        for field in inputs.get(stage.name, ("store", "run", "annotations")):
+        for field in inputs.get(stage.name, ("store", "run", "annotations", "checkpoint", "boxes")):
             if (source := getattr(cfg, field, None)) is not None:
                 digest.update(_fingerprint(source).encode())
         return cls(folder / f"{stage.name}.receipt.json", getattr(cfg, "out", None), digest.hexdigest())

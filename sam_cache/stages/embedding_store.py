@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sam_cache import config
 from sam_cache.batches import Preprocessing, object_columns
-from sam_cache.config import DatasetKnobs, EmbedConfig
+from sam_cache.config import DatasetKnobs, EmbedConfig, ModelKnobs
 from sam_cache.data import Dataset
 from sam_cache.errors import StoreError
 from sam_cache.model import Encoder, load_top, size_of, top_to_bytes
@@ -16,7 +16,7 @@ from sam_cache.stages.progress import Bar, say
 from sam_cache.store import EmbeddingStore, LevelSpec, StoreSpec, Table
 
 
-def checkpoint_of(cfg: EmbedConfig) -> Path | None:
+def checkpoint_of(cfg: ModelKnobs) -> Path | None:
     """The weights file asked for, else the official one under $SAMCACHE_HOME; None for models without."""
     official = size_of(cfg.model).checkpoint
     if cfg.checkpoint is not None or not official:

@@ -75,6 +75,8 @@ class RunFolder:
         save_file({name: value.contiguous() for name, value in weights.items()}, aside / "weights.safetensors")
         torch.save(optimizer, aside / "optimizer.pt")
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        # safetensors makes files that nobody else may read; as open as the others, they can be shared.
+        (aside / "weights.safetensors").chmod((aside / "state.json").stat().st_mode)
         for file in aside.iterdir():
             _sync(file)
         final = folder / f"step-{step:06d}"

@@ -1,28 +1,67 @@
 from itertools import islice
 
 import numpy as np
+import pytest
 
-from sam_cache.batches.order import Cursor, endless_batches, shuffled
+from sam_cache.batches.order import Cursor, Order, Visit
 from sam_cache.batches.split import is_held_out
+from sam_cache.ranks import Ranks
 
 ROWS = np.arange(10, 21)
 
 
+def batches(count, *, order=None, start=Cursor(), ranks=Ranks()):
+    return list(islice((order or Order(ROWS, seed=3)).batches(4, start, ranks), count))
+
+
 def test_an_epoch_holds_every_row_once():
-    batches = list(islice(endless_batches(ROWS, 4, seed=3, start=Cursor()), 6))
+    found = batches(6)
     for epoch in (0, 1):
-        seen = np.concatenate([rows for cursor, rows in batches if cursor.epoch == epoch])
-        assert sorted(seen) == sorted(ROWS)
-        assert np.array_equal(seen, shuffled(ROWS, 3, epoch))
-    assert not np.array_equal(shuffled(ROWS, 3, 0), shuffled(ROWS, 3, 1))
+        seen = [visit for cursor, visits in found if cursor.epoch == epoch for visit in visits]
+        assert sorted(visit.row for visit in seen) == sorted(ROWS)
+        assert seen == Order(ROWS, 3).epoch(epoch)
+    assert [visit.row for visit in Order(ROWS, 3).epoch(0)] != [visit.row for visit in Order(ROWS, 3).epoch(1)]
 
 
 def test_restarting_at_any_cursor_continues_the_same_stream():
-    whole = list(islice(endless_batches(ROWS, 4, seed=3, start=Cursor()), 9))
+    whole = batches(9)
     for number, (cursor, _) in enumerate(whole[:-1]):
-        rest = islice(endless_batches(ROWS, 4, seed=3, start=cursor), len(whole) - number - 1)
-        for (_, expected), (_, found) in zip(whole[number + 1 :], rest, strict=True):
-            assert np.array_equal(expected, found)
+        assert batches(len(whole) - number - 1, start=cursor) == whole[number + 1 :]
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_ranks_share_the_batches_of_one_process(world):
+    """Also where a rank gets nothing, and from any cursor: the number of ranks may change in between."""
+    whole = batches(6)
+    shares = [batches(6, ranks=Ranks(rank, world)) for rank in range(world)]
+    for step, (cursor, visits) in enumerate(whole):
+        assert {share[step][0] for share in shares} == {cursor}
+        parts = [share[step][1] for share in shares]
+        assert sorted(visit.row for part in parts for visit in part) == sorted(visit.row for visit in visits)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert batches(3, start=whole[2][0], ranks=Ranks(1, world)) == shares[1][3:]
+
+
+def test_rows_come_as_often_as_they_should():
+    """Whole numbers exactly in every epoch, a fraction as a chance."""
+    order = Order(ROWS, 0, np.array([2.0, 0.0, 1.5] + [1.0] * 8))
+    counts = np.zeros((200, 21), int)
+    for epoch in range(200):
+        visits = order.epoch(epoch)
+        for visit in visits:
+            counts[epoch, visit.row] += 1
+        assert len({(visit.row, visit.number) for visit in visits}) == len(visits)
+    assert (counts[:, 10] == 2).all()
+    assert (counts[:, 11] == 0).all()
+    assert 1.35 < counts[:, 12].mean() < 1.65
+    assert (counts[:, 13:] == 1).all()
+    assert len(order) == 12  # 11.5, rounded
+
+
+def test_every_visit_has_a_key_of_its_own():
+    keys = {Visit(0, epoch, number).key for epoch in range(50) for number in range(50)}
+    assert len(keys) == 2500
+    assert Visit(5, 7).key == 7
 
 
 def test_held_out_images_are_few_stable_and_decided_by_id():

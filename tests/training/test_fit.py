@@ -19,11 +19,32 @@ class Scale(nn.Module):
         self.factor = nn.Parameter(torch.tensor([0.5, -0.2]))
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
 
+    def encode(self, batch):
+        return batch.levels
+
+
+class Encoding(Scale):
+    """One that trains what makes the levels, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([[[0.7]], [[1.3]]]))
+        self.calls = 0
+
+    def encode(self, batch):
+        self.calls += 1
+        return {"neck": (batch.levels["neck"] * self.gain).tanh()}
+
 
 def losses_of(network, batch):
+    """One round."""
+    yield {"loss": error_of(network, batch)}
+
+
+def error_of(network, batch):
     predicted = batch.levels["neck"][batch.prompts.image_index] * network.factor[:, None, None] * network.frozen
     error = (predicted.sum(1) - batch.targets.masks).square().mean((1, 2)) * batch.targets.weights
-    return {"loss": error.sum()}
+    return error.sum()
 
 
 def make_batch(number: int, prompts: int = 5) -> Batch:
@@ -58,7 +79,10 @@ class Stream:
     def __iter__(self):
         for position in count(self.position + 1):
             self.position = position
-            yield make_batch(position)
+            yield self.batch_at(position)
+
+    def batch_at(self, position):
+        return make_batch(position)
 
     def state(self):
         return {"position": self.position}
@@ -68,13 +92,14 @@ def learning_rate_at(step):
     return 0.1 * learning_rate_factor(step, 6, warmup=2)
 
 
-def train(folder, steps, *, resume=False, evaluate=lambda: {"score": 0.0}, objective=losses_of, stop_at=None, **pace):
-    network = Scale()
+def train(folder, steps, *, resume=False, evaluate=lambda: {"score": 0.0}, objective=losses_of, stop_at=None,
+          network=None, stream=Stream, **pace):  # fmt: skip
+    network = network or Scale()
     run = RunFolder.open(folder) if resume else RunFolder.create(folder)
     run.write_json("config.json", {})
     accelerator = make_accelerator(torch.device("cpu"), "fp32", folder)
-    optimizer = torch.optim.AdamW([network.factor], lr=0.1)
-    progress, batches = Progress(), Stream()
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.1)
+    progress, batches = Progress(), stream()
     if resume:
         progress, state = load(network, optimizer, run)
         batches = Stream(state["position"])
@@ -128,10 +153,84 @@ def test_accumulation_is_one_weighted_mean_over_all_prompts(tmp_path):
     network = Scale()
     window = [make_batch(1), make_batch(2)]
     total = sum(batch.targets.weights.sum() for batch in window)
-    (sum(losses_of(network, batch)["loss"] for batch in window) / total).backward()
+    (sum(error_of(network, batch) for batch in window) / total).backward()
     expected = network.factor.grad.norm()
     _, run = train(tmp_path, 1, accumulation=2, clip=1e9)
     assert run.metrics()[0]["gradient_norm"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_rounds_add_up_to_one_step(tmp_path):
+    """Each is back-propagated by itself, on the same images: the gradient is that of their sum."""
+
+    def in_rounds(network, batch):
+        for part in (0.25, 0.75):
+            yield {"loss": part * error_of(network, batch)}
+
+    for network in (Scale, Encoding):
+        _, whole = train(tmp_path / f"whole-{network.__name__}", 2, network=network())
+        _, parts = train(
+            tmp_path / f"parts-{network.__name__}", 2, network=network(), objective=in_rounds, mask_budget=2
+        )
+        for one, other in zip(whole.metrics(), parts.metrics(), strict=True):
+            for name in ("loss", "gradient_norm"):
+                assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def test_an_encoder_runs_once_a_batch_and_gets_the_gradient_of_all_chunks(tmp_path):
+    direct = Encoding()
+    batch = make_batch(1)
+    (error_of(direct, replace(batch, levels=direct.encode(batch))) / batch.targets.weights.sum()).backward()
+    expected = torch.cat([direct.factor.grad, direct.gain.grad.flatten()]).norm()
+    for budget in (100, 2):
+        network = Encoding()
+        _, run = train(tmp_path / str(budget), 1, network=network, mask_budget=budget, clip=1e9)
+        assert network.calls == 1
+        assert run.metrics()[0]["gradient_norm"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_batches_without_an_image_are_passed_over(tmp_path):
+    class Sparse(Stream):
+        def batch_at(self, position):
+            return make_batch(position // 2) if position % 2 == 0 else None
+
+    dense, dense_run = train(tmp_path / "dense", 4)
+    sparse, sparse_run = train(tmp_path / "sparse", 4, stream=Sparse)
+    assert torch.equal(dense.factor, sparse.factor)
+    assert [line["step"] for line in sparse_run.metrics()] == [1, 2, 3, 4]
+    assert sparse_run.load_training()[2]["batches"] == {"position": 8}
+    # In a window of two, one of them empty, the other one counts alone.
+    windowed, _ = train(tmp_path / "windowed", 4, stream=Sparse, accumulation=2)
+    assert torch.equal(dense.factor, windowed.factor)
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path):
+    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3, 0.9])
+    _, run = train(tmp_path, 20, evaluate=lambda: {"score": next(scores)}, evaluate_every=2, patience=3)
+    assert run.metrics()[-1]["step"] == 10
+    assert (tmp_path / "best").read_text().strip() == "step-000004"
+
+
+def test_another_metric_may_say_which_is_best(tmp_path):
+    scores = iter([{"score": 0.9, "iou/box": 0.1}, {"score": 0.1, "iou/box": 0.9}])
+    train(tmp_path / "run", 2, evaluate=lambda: next(scores), evaluate_every=1, best_by="iou/box")
+    assert (tmp_path / "run" / "best").read_text().strip() == "step-000002"
+    with pytest.raises(UsageError, match="--best-by"):
+        train(tmp_path / "other", 1, best_by="iou/bocks")
+
+
+def test_learning_rates_follow_the_scale_of_their_group(tmp_path):
+    """Parameters of a group with scale 0 stay where they are."""
+    network = Encoding()
+    run = RunFolder.create(tmp_path)
+    run.write_json("config.json", {})
+    groups = [{"params": [network.factor], "scale": 1.0}, {"params": [network.gain], "scale": 0.0}]
+    gain, factor = network.gain.detach().clone(), network.factor.detach().clone()
+    accelerator = make_accelerator(torch.device("cpu"), "fp32", tmp_path)
+    fit(network, Stream(), losses_of, lambda: {}, torch.optim.SGD(groups, lr=1), learning_rate_at, run, accelerator,
+        Pace(2, 10, 10), Progress())  # fmt: skip
+    accelerator.end_training()
+    assert torch.equal(network.gain, gain)
+    assert not torch.equal(network.factor, factor)
 
 
 def test_checkpoint_holds_trained_parameters_alone_and_best_is_kept(tmp_path):
@@ -149,7 +248,7 @@ def test_checkpoint_holds_trained_parameters_alone_and_best_is_kept(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     def objective(network, batch):
         broken = 2 in batch.rows and 1 not in batch.rows
-        return {"loss": losses_of(network, batch)["loss"] * (float("nan") if broken else 1.0)}
+        yield {"loss": error_of(network, batch) * (float("nan") if broken else 1.0)}
 
     with pytest.raises(SamcacheError, match=r"step 2: loss is nan on rows \[2, 3, 4\]"):
         train(tmp_path, 4, save_every=1, objective=objective)

@@ -11,7 +11,9 @@ def estimate_memory(sam: Sam, images: int, prompts: int, precision: str, checkpo
     `images` are encoded at once and `prompts` decoded at once, on one device. Counted are tensors whose
     size grows with tokens; a spatial prior's backbone and the allocator's waste are not.
     """
-    held = sum(parameter.numel() * 4 for parameter in sam.parameters())
+    # Autocast keeps a copy of the weights in its own precision until the step is over.
+    each = 4 if precision == "fp32" else 4 + BYTES[precision]
+    held = sum(parameter.numel() * each for parameter in sam.parameters())
     trained = sum(parameter.numel() * 4 for parameter in sam.parameters() if parameter.requires_grad)
     encoder = count_encoder(sam, images, BYTES[precision], checkpointing)
     return held + 3 * trained + encoder + count_decoder(sam, prompts, BYTES[precision])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import fsum
 
 import numpy as np
 import torch
@@ -151,6 +152,9 @@ class Evaluation:
         self.network.train(training)
         shares = gather(ious)
         names = dict.fromkeys(name for share in shares for name in share)
-        means = {name: float(np.mean([iou for share in shares for iou in share.get(name, [])])) for name in names}
+        means = {}
+        for name in names:
+            values = [iou for share in shares for iou in share.get(name, [])]
+            means[name] = fsum(values) / len(values)  # exact, and so the same in whatever order ranks bring them
         scores = [value for name, value in means.items() if name.startswith("iou/")]
         return means | ({"score": float(np.mean(scores))} if scores else {})

@@ -87,6 +87,7 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
         cursor = Cursor(**place)
     if ranks.rank == 0:
         run.forget_metrics_after(progress.step)
+        run.restore_best(progress.best_step)
         tell(course, pace.steps, progress.step, run)
     accelerator.wait_for_everyone()
 

@@ -66,7 +66,7 @@ def fit(
     `network` has `encode(batch) -> levels`. The loss of a step is the weighted mean over all prompts of
     its accumulation window, whatever batches, chunks and ranks they came in. All ranks call this
     together, with shares of the same batches; only the first one writes.
-    Raises SamcacheError on a loss that is not finite; the last checkpoint is kept.
+    Raises SamcacheError on a loss or gradient that is not finite; the last checkpoint is kept.
     """
     device, stream = accelerator.device, iter(batches)
     saved = progress.step
@@ -75,6 +75,14 @@ def fit(
         if accelerator.is_main_process:
             save(network, batches.state(), optimizer, run, progress, best)
         accelerator.wait_for_everyone()
+
+    def check(what: str, value: float, window: list[Batch]) -> None:
+        if not math.isfinite(value):
+            rows = sorted(sum(gather([int(row) for batch in window for row in batch.rows]), []))
+            raise SamcacheError(
+                f"step {progress.step + 1}: {what} is {value} on rows {rows}; "
+                f"lower --learning-rate or use --precision fp32; {run.path} keeps step {saved}"
+            )
 
     while progress.step < pace.steps and not progress.exhausted(pace.patience):
         if any_rank(should_stop(), device):
@@ -93,17 +101,11 @@ def fit(
         sums = sum_over_ranks({name: float(value) for name, value in sums.items()}, device)
         images = sums.pop("images")
         metrics = {name: value / found["weight"] for name, value in sums.items()}
-        if not math.isfinite(metrics["loss"]):
-            rows = sorted(
-                row for share in gather([int(row) for batch in window for row in batch.rows]) for row in share
-            )
-            raise SamcacheError(
-                f"step {progress.step + 1}: loss is {metrics['loss']} on rows {rows}; "
-                f"lower --learning-rate or use --precision fp32; {run.path} keeps step {saved}"
-            )
+        check("loss", metrics["loss"], window)
         sum_gradients(network)
-        if pace.clip:
-            metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(network.parameters(), pace.clip))
+        metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(network.parameters(), pace.clip or math.inf))
+        if accelerator.scaler is None:  # else it passes over the step and scales less from there on
+            check("gradient", metrics["gradient_norm"], window)
         metrics["learning_rate"] = learning_rate_at(progress.step)
         for group in optimizer.param_groups:
             group["lr"] = metrics["learning_rate"] * group.get("scale", 1.0)

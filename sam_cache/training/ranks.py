@@ -62,7 +62,11 @@ def agree(item: Any) -> Any:
 
 @torch.no_grad()
 def sum_gradients(network: nn.Module) -> None:
-    """Sum the gradients of all trained parameters over ranks, in one message; a missing one counts as zeros."""
+    """Sum the gradients of all trained parameters over ranks, in one message.
+
+    A gradient missing on some ranks counts as zeros there. One missing on all of them stays missing: an
+    optimizer leaves such a parameter alone, but decays one whose gradient is zero.
+    """
     if is_alone():
         return
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -70,10 +74,12 @@ def sum_gradients(network: nn.Module) -> None:
         torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten()
         for parameter in trained
     ]
-    total = torch.cat(parts)
+    present = parts[0].new_tensor([parameter.grad is not None for parameter in trained])
+    total = torch.cat([*parts, present])
     dist.all_reduce(total)
-    for parameter, part in zip(trained, total.split([len(part) for part in parts]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    *summed, present = total.split([len(part) for part in [*parts, present]])
+    for parameter, part, ranks in zip(trained, summed, present.tolist(), strict=True):
+        parameter.grad = part.view_as(parameter) if ranks else None
 
 
 def same_parameters(network: nn.Module) -> None:

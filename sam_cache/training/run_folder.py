@@ -56,14 +56,21 @@ class RunFolder:
             file.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; [] before the first."""
+        """All lines of metrics.jsonl but a last one that a kill or a full disk cut off; [] without any."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        whole = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in whole]
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop what a killed run logged after the checkpoint that training goes on from."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         _write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def restore_best(self, step: int) -> None:
+        """Let `best` name the checkpoint of `step`, which a kill after naming `last` has prevented."""
+        best = self.path / "checkpoints" / f"step-{step:06d}"
+        if best.is_dir() and self._named("best") != best:
+            _write_atomically(self.path / "best", best.name + "\n")
 
     def save(self, step: int, weights: dict[str, Tensor], optimizer: dict, state: dict[str, Any], best: bool) -> None:
         """Commit a checkpoint: written aside, synced, renamed, and only then named by `last` (and `best`).
@@ -75,10 +82,11 @@ class RunFolder:
         save_file({name: value.contiguous() for name, value in weights.items()}, aside / "weights.safetensors")
         torch.save(optimizer, aside / "optimizer.pt")
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        # safetensors makes files that nobody else may read; as open as the others, they can be shared.
+        # safetensors and mkdtemp make what nobody else may read; as open as the others, it can be shared.
         (aside / "weights.safetensors").chmod((aside / "state.json").stat().st_mode)
-        for file in aside.iterdir():
-            _sync(file)
+        aside.chmod(folder.stat().st_mode)
+        for written in (*aside.iterdir(), aside):
+            _sync(written)
         final = folder / f"step-{step:06d}"
         if final.exists():  # killed after the rename, before `last` named it
             shutil.rmtree(final)

@@ -255,6 +255,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert RunFolder.open(tmp_path).load_training()[2]["progress"]["step"] == 1
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(tmp_path, clip):
+    """Weights would be saved with the finite loss of this very step, and be worth nothing."""
+
+    def objective(network, batch):
+        loss = error_of(network, batch)
+        if 1 not in batch.rows:
+            loss = loss + (network.factor - network.factor.detach()).abs().sqrt().sum()  # 0, with slope infinity
+        yield {"loss": loss}
+
+    with pytest.raises(SamcacheError, match=r"step 2: gradient is (nan|inf) on rows \[2, 3, 4\].* keeps step 1"):
+        train(tmp_path, 4, save_every=1, objective=objective, clip=clip)
+    assert RunFolder.open(tmp_path).load_weights("last")["factor"].isfinite().all()
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     train(tmp_path, 1)
     with pytest.raises(UsageError, match="--resume"):

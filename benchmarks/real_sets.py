@@ -66,7 +66,7 @@ def measure(name: str, knobs: dict, steps: int, input_size: int, folder: Path) -
     embed(EmbedConfig(model="nano", store=store, input_size=input_size, device="cpu", **knobs))
     embedded = time.perf_counter()
     train = {"prompts": "box", "batch_size": 8, "max_objects": 4, "mask_budget": 32, "learning_rate": 5e-4,
-             "focal_weight": 1.0, "evaluate_every": steps, "evaluate_images": 4}  # fmt: skip
+             "mask_weight": 1.0, "evaluate_every": steps, "evaluate_images": 4}  # fmt: skip
     train_top(TrainTopConfig(store=store, out=run, steps=steps, device="cpu", held_out=0.2, **train))
     trained = time.perf_counter()
     evaluate(EvalConfig(store=store, run=run, out=out, prompts="box", device="cpu", overlays=0))

@@ -10,11 +10,23 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "sam_cache.config": ("EmbedConfig", "EvalConfig", "InfoConfig", "TrainTopConfig", "VerifyConfig"),
+    "sam_cache.config": (
+        "EmbedConfig",
+        "EvalConfig",
+        "ExportConfig",
+        "InfoConfig",
+        "PredictConfig",
+        "TrainFullConfig",
+        "TrainTopConfig",
+        "VerifyConfig",
+    ),
     "sam_cache.data": ("Dataset", "mask_to_rle", "measure_rle", "open_dataset"),
     "sam_cache.errors": ("SamcacheError",),
     "sam_cache.stages.embed": ("embed",),
     "sam_cache.stages.evaluate": ("evaluate",),
+    "sam_cache.stages.export": ("export",),
+    "sam_cache.stages.predict": ("predict",),
+    "sam_cache.stages.train_full": ("train_full",),
     "sam_cache.stages.train_top": ("train_top",),
     "sam_cache.stages.verify": ("verify_store",),
     "sam_cache.store": ("EmbeddingStore",),

@@ -231,6 +231,11 @@ class EvalConfig(DeviceKnobs, SplitKnobs, ObjectKnobs):
         None, description="Store to evaluate on. Default: emb.zarr; a run of train-full brings its own images."
     )
     run: Path | None = Field(None, description="Run folder of a training; without it, untouched SAM alone.")
+    which: Literal["best", "last"] = Field("best", description="Checkpoint of the run to take.")
+    root: Path | None = Field(None, description="Dataset folder of a run of train-full, where it has moved.")
+    checkpoint: Path | None = Field(
+        None, description="Base weights of a run of train-full. Default: those it was trained from, where they were."
+    )
     prompts: str = Field("centroid,interior,point,box", description="Prompt kinds, each evaluated by itself.")
     rows: Literal["held-out", "all"] = Field("held-out", description="Rows to evaluate.")
     json_file: Path | None = Field(None, alias="json", description="Also write the report to this file.")
@@ -271,6 +276,13 @@ class VerifyConfig(DeviceKnobs):
 class InfoConfig(DeviceKnobs):
     store: Path = Field(Path("emb.zarr"), description="Store to describe.")
     as_json: bool = Field(False, alias="json", description="Print as JSON.")
+
+
+def with_absolute_paths(cfg: Config) -> Config:
+    """The same, readable from any folder. What is relative to --root stays so; where things are written, too."""
+    beside_root = {"images", "annotations", "masks"} if getattr(cfg, "root", None) else set()
+    paths = {name: value for name, value in cfg if isinstance(value, Path) and name not in {"out", *beside_root}}
+    return cfg.model_copy(update={name: path.absolute() for name, path in paths.items()})
 
 
 def resolve(model: type[Config], values: dict[str, Any], source: str) -> Config:

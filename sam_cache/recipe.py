@@ -29,6 +29,7 @@ from sam_cache.config import (
     TrainTopConfig,
     VerifyConfig,
     resolve,
+    with_absolute_paths,
 )
 from sam_cache.errors import UsageError
 from sam_cache.ranks import Ranks
@@ -194,7 +195,7 @@ def _continue_or_redo(cfg: TrainingKnobs, ended_before: bool) -> TrainingKnobs:
     written = cfg.out / "config.json" if cfg.out else None
     if written is None or not written.exists():
         return cfg
-    resumed = cfg.model_copy(update={"resume": True})
+    resumed = with_absolute_paths(cfg.model_copy(update={"resume": True}))
     before = json.loads(written.read_text()) | {"resume": True}
     if not ended_before and before == resumed.model_dump(mode="json", by_alias=True):
         return resumed

@@ -36,7 +36,7 @@ REDRAWS = 8  # augmentations tried before an image that loses all its objects is
 class Example:
     """One image ready for the encoder: `pixels` (S, S, 3) uint8, and the objects that are asked for.
 
-    `image` is as decoded and augmented; `rles` and `categories` are those of the prompts, at its size.
+    `rles` and `categories` are those of the prompts, at the image's size after augmentation.
     """
 
     row: int
@@ -44,7 +44,6 @@ class Example:
     geometry: Geometry
     pixels: np.ndarray
     annotation: Annotation
-    image: np.ndarray
     rles: list[bytes]
     categories: list[int]
 
@@ -89,7 +88,7 @@ class LiveImages:
         )
         pixels = to_pixels(image, geometry, self._how.resize)
         categories = [objects[place].category for place in chosen]
-        return Example(visit.row, record.id, geometry, pixels, annotation, image, rles, categories)
+        return Example(visit.row, record.id, geometry, pixels, annotation, rles, categories)
 
     def _augment(
         self, image: np.ndarray, rles: list[bytes], record: ImageRecord, visit: Visit
@@ -174,7 +173,8 @@ class LiveBatches:
             usable = [example for example in islice(examples, len(share)) if example is not None]
             in_vain = 0 if usable else in_vain + len(share)
             if in_vain > len(self._order):
-                first = next(iter(self._images.problems.values()), "no image has an object")
+                problems = [*self._images.problems.values(), *self._images.dataset.problems, "no image has an object"]
+                first = problems[0]
                 raise DatasetError(f"none of {in_vain} images can be trained on; the first problem: {first}")
             self._cursor = cursor
             yield collate(usable) if usable else None

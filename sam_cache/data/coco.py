@@ -7,6 +7,7 @@ little more memory than the file.
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,13 @@ class Owner(msgspec.Struct, gc=False):
     id: Id = 0
 
 
+class Kind(msgspec.Struct, gc=False):
+    """What tells an object's category without its mask."""
+
+    category_id: Id
+    iscrowd: bool | int = False
+
+
 class Annotation(msgspec.Struct, gc=False):
     category_id: Id
     segmentation: msgspec.Raw = msgspec.Raw(b"null")
@@ -61,6 +69,7 @@ class Annotation(msgspec.Struct, gc=False):
 
 # strict=False takes "17" and 480.0 for integers, which real files contain.
 decode_owner = msgspec.json.Decoder(Owner, strict=False).decode
+decode_kind = msgspec.json.Decoder(Kind, strict=False).decode
 decode_annotation = msgspec.json.Decoder(Annotation, strict=False).decode
 
 
@@ -170,9 +179,23 @@ def dataset_of(
                 wrong.append(f"image {image.id} ({image.path}), annotation {id}: {error}")
         return objects, wrong
 
+    def tell_categories(number: int) -> list[int]:
+        found = []
+        for position in positions[starts[number] : stops[number]].tolist():
+            with suppress(msgspec.DecodeError):  # `convert` says what is wrong with it
+                found.append(decode_kind(contents.annotations[position]))
+        return [kind.category_id for kind in found if not kind.iscrowd and kind.category_id in categories]
+
     frequencies = {category.id: category.frequency for category in contents.categories if category.frequency}
     return Dataset(
-        images, categories, lambda record: read_inside(folder, record.path), convert, frequencies, notes, problems
+        images,
+        categories,
+        lambda record: read_inside(folder, record.path),
+        convert,
+        frequencies,
+        tell_categories,
+        notes,
+        problems,
     )
 
 

@@ -14,6 +14,8 @@ class Dataset:
     in `decode`, with an ImageError. `read(record)` gives the bytes of the image file.
     `convert(number)` makes the objects of `images[number]`, and one line for each it had to leave
     out. `categories` names the category ids; `frequencies` has LVIS's r, c or f for them.
+    `tell_categories(number)` tells those of an image's objects, crowds left out, without making their
+    masks; it is None where only the masks could tell.
 
     `notes` tell the person how the files were understood; `problems` list what was left out, and
     grow as `objects` is called.
@@ -24,6 +26,7 @@ class Dataset:
     read: Callable[[ImageRecord], bytes]
     convert: Callable[[int], tuple[list[ObjectRecord], list[str]]]
     frequencies: dict[int, str] = field(default_factory=dict)
+    tell_categories: Callable[[int], list[int]] | None = None
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _reported: set[int] = field(default_factory=set, repr=False)

@@ -9,6 +9,7 @@ from sam_cache.model.adapters import (
     attach,
     merge,
 )
+from sam_cache.model.checkpoints import state_digest
 from sam_cache.model.decoder import Masks
 from sam_cache.model.encoder import Encoder, load_encoder
 from sam_cache.model.export import (
@@ -55,6 +56,7 @@ __all__ = [
     "merge",
     "official_state",
     "size_of",
+    "state_digest",
     "top_from_bytes",
     "top_to_bytes",
     "write_state",

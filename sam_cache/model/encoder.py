@@ -1,4 +1,4 @@
-"""The frozen image encoder: uint8 pixels in, levels out."""
+"""The image encoder: uint8 pixels in, levels out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
     def _run(self, function: Callable, *arguments: Any) -> Any:
         """Call it, keeping only the arguments for the backward where `checkpointing` says so."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # no chance in it
         return function(*arguments)
 
     def _run_block(self, number: int, tokens: Float[Tensor, "I g g C"], prior: Any) -> Float[Tensor, "I g g C"]:

@@ -121,6 +121,9 @@ class CachedData:
             "annotations": annotations,
         }
 
+    def report_problems(self) -> None:
+        """Nothing: what could not be read was never embedded."""
+
     def picture(self, row: int) -> np.ndarray:
         return self._pictures.image(row)
 

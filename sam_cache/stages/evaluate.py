@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sam_cache.config import EvalConfig
@@ -39,21 +40,22 @@ def evaluate(cfg: EvalConfig) -> int:
     scores: dict[str, list] = {name: [] for name in networks}
     detections: dict[tuple[str, str], list[dict]] = {}
     drawn: list[Path] = []
-    shown = 0
+    answered: list[int] = []
     with Bar("evaluating", len(rows), "images") as bar:
         for by_kind in ask(networks, data, rows.tolist(), kinds, cfg.seed, mask_budget, device):
             bar.advance()
+            answered.append(next(iter(by_kind.values()))[0].row)
             for kind, answers in by_kind.items():
                 for name in networks:
                     scores[name] += [answer.scores[name] for answer in answers]
                     if cfg.average_precision:
                         found = [to_detection(answer, name) for answer in answers]
                         detections.setdefault((name, kind), []).extend(found)
-                if shown < cfg.overlays:
+                if len(answered) <= cfg.overlays:
                     path = out / "overlays" / f"{kind}-row{answers[0].row:06d}.png"
                     save_png(path, draw_answers(data.picture(answers[0].row), answers))
                     drawn.append(path)
-            shown += 1
+    data.report_problems()
     if not scores[UNTOUCHED]:
         raise DatasetError(f"{data.where}: no {cfg.rows} image has an object to ask for; try --rows all")
 
@@ -61,14 +63,14 @@ def evaluate(cfg: EvalConfig) -> int:
     report = {
         "data": data.where,
         "run": str(cfg.run) if cfg.run else None,
-        "rows": {"which": cfg.rows, "count": len(rows), "images": data.names(rows)},
+        "rows": {"which": cfg.rows, "count": len(answered), "images": data.names(np.array(answered))},
         "seed": cfg.seed,
         **{name: summarise(column, cfg.seed) for name, column in columns.items()},
     }
     if TUNED in columns:
         report["gain"] = compare(columns[TUNED], columns[UNTOUCHED], cfg.seed)
     if cfg.average_precision:
-        truth = data.ground_truth(rows)
+        truth = data.ground_truth(np.array(answered))
         report["average_precision"] = {}
         for (name, kind), found in detections.items():
             report["average_precision"].setdefault(kind, {})[name] = average_precision(truth, found, data.style)
@@ -89,7 +91,7 @@ def open_exam(cfg: EvalConfig, device: torch.device) -> tuple[Data, dict[str, To
         data = open_cached(cfg, run)
         networks = {UNTOUCHED: top_from_bytes(data.store.base)}
         if run is not None:
-            networks[TUNED] = open_tuned_top(run, "best", data.store)
+            networks[TUNED] = open_tuned_top(run, cfg.which, data.store)
     return data, {name: network.to(device).eval() for name, network in networks.items()}
 
 
@@ -102,12 +104,18 @@ def open_live(cfg: EvalConfig, run: RunFolder) -> tuple[Data, dict[str, Top]]:
     if cfg.annotations is not None:
         raise UsageError(f"--annotations {cfg.annotations}: a run of train-full is scored on its own dataset; leave it")
     record = run.read_json("record.json")
-    data = open_live_data(config_of(run), record["input_size"]).holding_out(record["trained"], record["held_out"])
-    return data, {UNTOUCHED: open_base(run, None), TUNED: open_tuned(run, "best")}
+    knobs = config_of(run)
+    if cfg.root is not None:
+        knobs = knobs.model_copy(update={"root": cfg.root})
+    data = open_live_data(knobs, record["input_size"]).holding_out(record["trained"], record["held_out"])
+    return data, {UNTOUCHED: open_base(run, cfg.checkpoint), TUNED: open_tuned(run, cfg.which, cfg.checkpoint)}
 
 
 def open_cached(cfg: EvalConfig, run: RunFolder | None) -> CachedData:
     """The store to score on, its held-out rows those of the run where it knows them."""
+    for flag in ("root", "checkpoint"):
+        if (value := getattr(cfg, flag)) is not None:
+            raise UsageError(f"--{flag} {value}: is for a run of train-full; a store has all that is needed, leave it")
     data = CachedData.open(
         cfg.store or STORE, annotations=cfg.annotations, partial=cfg.partial, held_out=cfg.held_out, seed=cfg.seed
     )

@@ -58,6 +58,10 @@ class Data(Protocol):
         """The objects of `rows` as COCO's file format has them, crowds included as regions to ignore."""
         ...
 
+    def report_problems(self) -> None:
+        """Say what could not be read and was left out."""
+        ...
+
     def picture(self, row: int) -> np.ndarray:
         """The image of a row, uint8 RGB (H, W, 3), to draw on; grey where the file is not at hand."""
         ...

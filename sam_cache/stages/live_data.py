@@ -18,7 +18,7 @@ from sam_cache.data import Augmentation, Dataset, PromptMixture, decode
 from sam_cache.errors import DatasetError, ImageError
 from sam_cache.stages.coco_format import coco_annotation, coco_image
 from sam_cache.stages.exam import Exam
-from sam_cache.stages.progress import Bar, say
+from sam_cache.stages.progress import Bar, say, say_some
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class LiveData:
     """
 
     dataset: Dataset
+    where: str
     how: Preprocessing
     style: str
     train: np.ndarray
@@ -37,18 +38,21 @@ class LiveData:
     problems: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Dataset, how: Preprocessing, style: str, held_out: float, seed: int) -> "LiveData":
-        """Raises DatasetError for a dataset without images."""
-        if not len(dataset.images):
-            raise DatasetError("the dataset has no images; check its paths and --limit")
-        ids = np.array([record.id for record in dataset.images], np.int64)
-        apart = is_held_out(ids, [record.split for record in dataset.images], held_out, seed)
-        rows = np.arange(len(ids))
-        return cls(dataset, how, style, rows[~apart], rows[apart])
+    def of(cls, dataset: Dataset, where: str, how: Preprocessing, style: str, held_out: float, seed: int) -> "LiveData":
+        """The images that have objects, as far as that is known without reading masks, as from a store.
 
-    @property
-    def where(self) -> str:
-        return "; ".join(self.dataset.notes) or "the dataset"
+        Raises DatasetError where there is none.
+        """
+        tell = dataset.tell_categories
+        rows = np.array([row for row in range(len(dataset.images)) if tell is None or tell(row)], np.int64)
+        if not len(rows):
+            raise DatasetError(
+                f"{where}: none of its {len(dataset.images)} images has an object; check its paths and --limit"
+            )
+        records = [dataset.images[row] for row in rows.tolist()]
+        ids = np.array([record.id for record in records], np.int64)
+        apart = is_held_out(ids, [record.split for record in records], held_out, seed)
+        return cls(dataset, where, how, style, rows[~apart], rows[apart])
 
     @property
     def categories(self) -> list[dict]:
@@ -56,7 +60,7 @@ class LiveData:
 
     @property
     def rows(self) -> np.ndarray:
-        return np.arange(len(self.dataset.images))
+        return np.sort(np.concatenate([self.train, self.held_out]))
 
     def images(self, resolution: int, sampling: Sampling, augmentation: Augmentation = Augmentation()) -> LiveImages:
         return LiveImages(self.dataset, self.how, resolution, sampling, augmentation, self.problems)
@@ -74,8 +78,10 @@ class LiveData:
                 ]
 
     def categories_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        found = []
+        if (tell := self.dataset.tell_categories) is not None:
+            return [np.array(tell(row), np.int64) for row in rows.tolist()]
         with Bar("reading objects", len(rows), "images") as bar:
-            found = []
             for row in rows.tolist():
                 objects = usable_objects(self.dataset, row)
                 found.append(np.array([object.category for object in objects], np.int64))
@@ -97,6 +103,9 @@ class LiveData:
                 )  # fmt: skip
         return {"images": images, "categories": self.categories, "annotations": annotations}
 
+    def report_problems(self) -> None:
+        say_some("skipped", self.dataset.problems + [text for _, text in sorted(self.problems.items())])
+
     def picture(self, row: int) -> np.ndarray:
         record = self.dataset.images[row]
         try:
@@ -110,6 +119,6 @@ class LiveData:
 
     def holding_out(self, trained: list[str], held_out: list[str]) -> "LiveData":
         """The same data, held out exactly as a run recorded by `names`; images it did not know are new."""
-        names = np.array(self.names(self.rows))
+        names, everything = np.array(self.names(self.rows)), self.rows
         apart = np.isin(names, held_out) if np.isin(names, held_out).any() else ~np.isin(names, trained)
-        return replace(self, train=self.rows[~apart], held_out=self.rows[apart])
+        return replace(self, train=everything[~apart], held_out=everything[apart])

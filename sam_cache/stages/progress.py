@@ -18,10 +18,13 @@ from rich.progress import (
 from rich.text import Text
 
 from sam_cache.errors import Interrupted
+from sam_cache.ranks import Ranks
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    """Tell the person; of several processes the first one speaks."""
+    if Ranks.from_env().rank == 0:
+        print(text, file=sys.stderr)
 
 
 def say_some(what: str, lines: list[str], most: int = 20) -> None:
@@ -90,6 +93,8 @@ def stop_on_signals() -> Iterator[Stop]:
 
     def request(number: int, frame: FrameType | None) -> None:
         if stop.requested:
+            if number == signal.SIGTERM:  # a launcher and a scheduler may each send one
+                return
             raise KeyboardInterrupt
         stop.requested = True
         say("stopping after this batch; once more stops at once")

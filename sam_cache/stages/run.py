@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from sam_cache.config import TrainingKnobs
+from sam_cache.config import TrainingKnobs, with_absolute_paths
 from sam_cache.errors import UsageError
 from sam_cache.training import RunFolder
 
@@ -20,7 +20,7 @@ FREE = {
     "partial",
     "checkpointing",
 }
-FREE |= {"evaluate_every", "evaluate_images", "eval_store", "patience", "pictures", "trackers"}
+FREE |= {"evaluate_every", "evaluate_images", "eval_store", "patience", "best_by", "pictures", "trackers"}
 
 
 def start_run(cfg: TrainingKnobs, stage: str, record: dict, files: dict[str, bytes]) -> RunFolder:
@@ -29,7 +29,7 @@ def start_run(cfg: TrainingKnobs, stage: str, record: dict, files: dict[str, byt
     for name, content in files.items():
         (run.path / name).write_bytes(content)
     run.write_json("record.json", record)
-    run.write_json("config.json", cfg.model_dump(mode="json", by_alias=True))
+    run.write_json("config.json", with_absolute_paths(cfg).model_dump(mode="json", by_alias=True))
     return run
 
 
@@ -38,7 +38,7 @@ def continue_run(cfg: TrainingKnobs, record: dict) -> RunFolder:
     if cfg.out is None:
         raise UsageError("--resume: say which run with --out")
     run = RunFolder.open(cfg.out)
-    before, now = run.read_json("config.json"), cfg.model_dump(mode="json", by_alias=True)
+    before, now = run.read_json("config.json"), with_absolute_paths(cfg).model_dump(mode="json", by_alias=True)
     differing = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now
                  if name not in FREE and before.get(name) != now[name]]  # fmt: skip
     old = run.read_json("record.json")

@@ -17,6 +17,7 @@ from sam_cache.stages.exam import Data, Exam
 from sam_cache.training import gather
 from sam_cache.types import Batch, Prompts
 
+SCORES = ("iou", "boundary_iou")  # of an evaluation while training, each by prompt kind
 MASK_PIXELS = 2**25  # of masks upsampled at once: 128 MiB in fp32
 
 
@@ -141,10 +142,9 @@ class Evaluation:
         rows = list(self.ranks.share(self.rows.tolist()))
         for answers in ask({"tuned": self.network}, self.data, rows, kinds, self.seed, self.mask_budget, self.device):
             for kind, found in answers.items():
-                ious.setdefault(f"iou/{kind}", []).extend(answer.scores["tuned"].iou for answer in found)
-                ious.setdefault(f"boundary_iou/{kind}", []).extend(
-                    answer.scores["tuned"].boundary_iou for answer in found
-                )
+                for score in SCORES:
+                    values = [getattr(answer.scores["tuned"], score) for answer in found]
+                    ious.setdefault(f"{score}/{kind}", []).extend(values)
             if shown < self.pictures and self.ranks.rank == 0:
                 first = answers[str(kinds[0])]
                 self.show(first[0].row, first)

@@ -9,10 +9,10 @@ from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device, pick_mask_budget, pick_precision
 from sam_cache.stages.embedding_store import checkpoint_of
 from sam_cache.stages.live_data import LiveData
-from sam_cache.stages.progress import say, say_some
+from sam_cache.stages.progress import say
 from sam_cache.stages.source import open_source
 from sam_cache.stages.training import Course, choose_parts, make_sampling, train
-from sam_cache.stages.tuned_sam import adapter_knobs
+from sam_cache.stages.tuned_sam import adapter_knobs, digest_of_top
 
 EVERYTHING = ("encoder", "neck", "prompt", "decoder")
 BESIDE_AN_ADAPTER = ("no-mask", "decoder")  # as SAM-Adapter's code does
@@ -53,7 +53,7 @@ def train_full(cfg: TrainFullConfig) -> int:
     try:
         return train(cfg, course, device, precision, ranks)
     finally:
-        say_some("skipped", data.dataset.problems + [text for _, text in sorted(data.problems.items())])
+        data.report_problems()
 
 
 def open_sam(cfg: TrainFullConfig) -> Sam:
@@ -62,7 +62,8 @@ def open_sam(cfg: TrainFullConfig) -> Sam:
     knobs = adapter_knobs(cfg)
     if knobs is not None:
         attach(sam.image_encoder, knobs, cfg.seed)
-    choose_parts(cfg, cfg.train or (BESIDE_AN_ADAPTER if knobs else EVERYTHING), sam, adapter=knobs is not None)
+    default = BESIDE_AN_ADAPTER if knobs else EVERYTHING
+    choose_parts(cfg, default if cfg.train is None else cfg.train, sam, adapter=knobs is not None)
     return sam
 
 
@@ -71,9 +72,10 @@ def open_data(cfg: TrainFullConfig, input_size: int) -> LiveData:
     dataset = open_source(cfg)
     for note in dataset.notes:
         say(note)
+    where = f"{cfg.dataset} {cfg.images or cfg.root or ''}".strip()
     how = Preprocessing(input_size, cfg.fit, cfg.normalise, cfg.resize, cfg.intensity)
     style = "lvis" if cfg.dataset == "lvis" else "coco"
-    data = LiveData.of(dataset, how, style, cfg.held_out, cfg.seed)
+    data = LiveData.of(dataset, where, how, style, cfg.held_out, cfg.seed)
     if not len(data.train):
         raise DatasetError(f"--held-out {cfg.held_out}: none of {len(data.rows)} images is left to train on; lower it")
     return data
@@ -83,7 +85,7 @@ def describe(cfg: TrainFullConfig, sam: Sam, data: LiveData, precision: str) -> 
     """What the run is given; `eval`, `export` and `predict` open it from here."""
     return {
         "stage": "train-full",
-        "identity": {"model": cfg.model, "encoder": sam.image_encoder.digest},
+        "identity": {"model": cfg.model, "encoder": sam.image_encoder.digest, "top": digest_of_top(sam)},
         "model": cfg.model,
         "input_size": sam.size.input_size,
         "precision": precision,

@@ -21,7 +21,7 @@ from sam_cache.stages.progress import Bar, say, stop_on_signals
 from sam_cache.stages.report import draw_answers
 from sam_cache.stages.run import continue_run, start_run
 from sam_cache.stages.schedule import choose_repeats, make_optimizer, set_pace
-from sam_cache.stages.scoring import Answer, Evaluation
+from sam_cache.stages.scoring import SCORES, Answer, Evaluation
 from sam_cache.training import (
     Batches,
     LossWeights,
@@ -29,6 +29,7 @@ from sam_cache.training import (
     Progress,
     RunFolder,
     agree,
+    check_trackers,
     fit,
     join_ranks,
     load,
@@ -74,17 +75,18 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
         raise DatasetError(f"{data.where}: no image to train on has an object; check its masks or annotations")
     mask_budget = pick_mask_budget(cfg.mask_budget, device)
     pace = set_pace(cfg, len(order), mask_budget)
+    check_names(cfg)
+    optimizer, learning_rate_at = make_optimizer(cfg, network, pace.steps, course.layer_decay)
     join_ranks(device)
-    same_parameters(network)
     run = open_run(cfg, course, ranks)
     knobs = cfg.model_dump(mode="json", by_alias=True)
     accelerator = make_accelerator(device, precision, run.path, cfg.trackers, run.path.name, knobs)
-    optimizer, learning_rate_at = make_optimizer(cfg, network, pace.steps, course.layer_decay)
     optimizer = accelerator.prepare(optimizer)
     progress, cursor = Progress(), Cursor()
     if run.resumable:
         progress, place = load(network, optimizer, run)
         cursor = Cursor(**place)
+    same_parameters(network)  # on machines that share no disk, a run might go on here and start anew there
     if ranks.rank == 0:
         run.forget_metrics_after(progress.step)
         run.restore_best(progress.best_step)
@@ -105,22 +107,24 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
             return examine()
 
     started = time.perf_counter()
-    with stop_on_signals() as stop, Bar("training", pace.steps, "steps", done=progress.step) as bar:
-        fit(
-            network,
-            course.open_batches(order, cursor),
-            SamObjective(loss_weights(cfg), cfg.loss, cfg.corrections),
-            evaluate,
-            optimizer,
-            learning_rate_at,
-            run,
-            accelerator,
-            pace,
-            progress,
-            stop,
-            lambda metrics: bar.advance(note=f"loss {metrics['loss']:.3f}"),
-        )
-    accelerator.end_training()
+    try:
+        with stop_on_signals() as stop, Bar("training", pace.steps, "steps", done=progress.step) as bar:
+            fit(
+                network,
+                course.open_batches(order, cursor),
+                SamObjective(loss_weights(cfg), cfg.loss, cfg.corrections),
+                evaluate,
+                optimizer,
+                learning_rate_at,
+                run,
+                accelerator,
+                pace,
+                progress,
+                stop,
+                lambda metrics: bar.advance(note=f"loss {metrics['loss']:.3f}"),
+            )
+    finally:
+        accelerator.end_training()  # what the trackers hold is written, and their processes end
     if ranks.rank == 0:
         finish(run, progress, course, pace, time.perf_counter() - started, device)
     if progress.step < pace.steps and not progress.exhausted(pace.patience):
@@ -145,6 +149,14 @@ def open_run(cfg: TrainingKnobs, course: Course, ranks: Ranks) -> RunFolder:
     return found
 
 
+def check_names(cfg: TrainingKnobs) -> None:
+    """Raises UsageError for a metric or a tracker that there will not be, before anything is written."""
+    check_trackers(cfg.trackers)
+    known = ["score", *(f"{score}/{kind}" for kind in parse_prompts(cfg.prompts).kinds for score in SCORES)]
+    if cfg.best_by not in known:
+        raise UsageError(f"--best-by {cfg.best_by}: unknown metric; these prompts have {', '.join(known)}")
+
+
 def make_sampling(cfg: TrainingKnobs) -> Sampling:
     """How training asks for objects."""
     by_object = cfg.sampling == "object"
@@ -153,9 +165,8 @@ def make_sampling(cfg: TrainingKnobs) -> Sampling:
 
 def choose_parts(cfg: TrainingKnobs, train: tuple[str, ...], network: Top, *, adapter: bool) -> None:
     """Freeze all of `network` but the parts named in `train`, and the adapter where there is one."""
-    have = [
-        part for part in PARTS if part not in ENCODER_PARTS or (part != "adapter" and hasattr(network, "image_encoder"))
-    ]
+    without = ENCODER_PARTS if not hasattr(network, "image_encoder") else () if adapter else ("adapter",)
+    have = [part for part in PARTS if part not in without]
     if unknown := [part for part in train if part not in have]:
         raise UsageError(f"--train {','.join(train)}: unknown part {unknown[0]!r}; parts are {', '.join(have)}")
     freeze(network, set(train) | ({"adapter"} if adapter else set()), mask_prompts=cfg.corrections > 0)
@@ -200,5 +211,6 @@ def finish(
     say(f"memory: {peak / 2**30:.2f} GiB {whose} at the peak{estimated}")
     if progress.step < pace.steps and progress.exhausted(pace.patience):
         say(f"stopped early: no better score in {progress.since_best} evaluations")
-    best = "nothing held out to score" if progress.best is None else f"held-out {progress.best:.3f}"
-    say(f"{run.path}: best checkpoint at step {progress.best_step}, {best}; curves in {run.path / 'curves.png'}")
+    best = "nothing held out to score" if progress.best is None else f"held-out {pace.best_by} {progress.best:.3f}"
+    best = f"best checkpoint at step {progress.best_step}, {best}" if progress.best_step else "not evaluated yet"
+    say(f"{run.path}: {best}; curves in {run.path / 'curves.png'}")

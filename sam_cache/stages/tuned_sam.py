@@ -15,6 +15,7 @@ from sam_cache.model import (
     attach,
     fit_trained,
     load_sam,
+    state_digest,
     top_from_bytes,
 )
 from sam_cache.stages.embedding_store import checkpoint_of
@@ -81,7 +82,17 @@ def open_base(run: RunFolder, checkpoint: Path | None, how: Preprocessing | None
         digest = record["identity"]["encoder"]
     sam = load_sam(record["model"], path, how.input_size, how.normalise)
     check_encoder(sam, digest, str(run.path), path)
+    if stage_of(run) == "train-full" and digest_of_top(sam) != record["identity"]["top"]:
+        raise CheckpointError(
+            f"{path or sam.size.name}: its prompt encoder or mask decoder is not the one {run.path} started from; "
+            "name that file with --checkpoint"
+        )
     return sam
+
+
+def digest_of_top(sam: Sam) -> str:
+    """sha256 of all that is not the encoder, as it was loaded."""
+    return state_digest({key: value for key, value in sam.state_dict().items() if not key.startswith("image_encoder.")})
 
 
 def check_encoder(sam: Sam, digest: str, owner: str, path: Path | None) -> None:

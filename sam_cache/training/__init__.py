@@ -7,7 +7,7 @@ from sam_cache.training.precision import make_accelerator
 from sam_cache.training.ranks import agree, gather, join_ranks, same_parameters
 from sam_cache.training.run_folder import RunFolder
 from sam_cache.training.schedule import learning_rate_factor
-from sam_cache.training.trackers import log_images
+from sam_cache.training.trackers import check_trackers, log_images
 
 __all__ = [
     "LOSSES",
@@ -18,6 +18,7 @@ __all__ = [
     "RunFolder",
     "SamLosses",
     "agree",
+    "check_trackers",
     "fit",
     "gather",
     "join_ranks",

@@ -116,7 +116,9 @@ class RunFolder:
     def _existing(self, name: str) -> Path:
         folder = self._named(name)
         if folder is None or not folder.is_dir():
-            raise CheckpointError(f"{self.path}: no {name} checkpoint; train to the first save, or start without it")
+            raise CheckpointError(
+                f"{self.path}: no {name} checkpoint; train on to its first evaluation, or take --which last"
+            )
         return folder
 
     @property

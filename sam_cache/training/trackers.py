@@ -48,19 +48,25 @@ class WeightsAndBiases(WandBTracker):
         wandb.teardown()
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises UsageError for an unknown tracker, and for `wandb` where its package is not installed."""
+    if unknown := set(names) - set(TRACKERS):
+        raise UsageError(f"--trackers {min(unknown)}: unknown tracker; use {', '.join(TRACKERS)} or both")
+    if "wandb" in names:
+        try:
+            from wandb import init  # noqa: F401  (a mere `import wandb` finds any folder of that name)
+        except ImportError as error:
+            raise UsageError("--trackers wandb: not installed; run pip install 'samcache[wandb]'") from error
+
+
 def make_trackers(names: Sequence[str], folder: Path, name: str) -> list[GeneralTracker]:
     """Trackers that write below `folder` once they are started; `name` is what W&B calls the run.
 
     Raises UsageError for an unknown tracker, and for `wandb` where its package is not installed.
     """
-    if unknown := set(names) - set(TRACKERS):
-        raise UsageError(f"--trackers {min(unknown)}: unknown tracker; use {', '.join(TRACKERS)} or both")
+    check_trackers(names)
     trackers: list[GeneralTracker] = []
     if "wandb" in names:  # first, because it alone can fail to start
-        try:
-            from wandb import init  # noqa: F401  (a mere `import wandb` finds any folder of that name)
-        except ImportError as error:
-            raise UsageError("--trackers wandb: not installed; run pip install 'samcache[wandb]'") from error
         trackers.append(WeightsAndBiases(os.environ.get("WANDB_PROJECT", PROJECT), dir=str(folder), name=name))
     if "tensorboard" in names:
         trackers.append(TensorBoard("tensorboard", folder))

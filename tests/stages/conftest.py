@@ -1,4 +1,9 @@
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,3 +36,37 @@ def scenes(tmp_path_factory) -> Path:
         )  # fmt: skip
     assert not ended.value.code
     return path
+
+
+@pytest.fixture(scope="session")
+def forking_program() -> Iterator[subprocess.Popen]:
+    program = str(Path(__file__).with_name("forked_commands.py"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One process of a command: its exit code, negative for a signal, and what it printed."""
+
+    code: int
+    said: str
+
+
+@pytest.fixture
+def launch(forking_program, tmp_path) -> Callable[..., list[Ended]]:
+    """Runs a command in `ranks` processes of their own, in the test's folder; `faults` as in forked_commands.py."""
+
+    def run(*arguments: object, ranks: int = 1, faults: tuple[dict, ...] = ()) -> list[Ended]:
+        asked = {"arguments": list(map(str, arguments)), "folder": str(tmp_path), "ranks": ranks, "faults": faults}
+        forking_program.stdin.write(json.dumps(asked) + "\n")
+        forking_program.stdin.flush()
+        codes = json.loads(forking_program.stdout.readline())
+        return [Ended(code, (tmp_path / f"said-{rank}.txt").read_text()) for rank, code in enumerate(codes)]
+
+    run.folder = tmp_path
+    return run

@@ -1,9 +1,9 @@
 """Run by conftest.py as a program: starts samcache commands by forking, which costs less than importing torch again.
 
-Reads one command a line as JSON, {"arguments", "folder", "ranks", "faults"}; answers with the processes
-it started, and with their exit codes once all have ended. What they print goes to FOLDER/said-<rank>.txt.
-A fault, {"name", "rank", ...}, is something that goes wrong in one of the processes: a function of this
-file with the other values as arguments.
+Reads one command a line as JSON, {"arguments", "folder", "ranks", "faults"}, and answers with the exit
+codes of its processes once all have ended. What they print goes to FOLDER/said-<rank>.txt. A fault,
+{"name", "rank", ...}, is something that happens in one of the processes: a function of this file with the
+other values as arguments.
 """
 
 import json
@@ -18,9 +18,11 @@ import torch.utils.tensorboard  # noqa: F401  (imported here once, and not in ev
 
 from sam_cache import cli
 from sam_cache.model import Top
-from sam_cache.stages import train_full, train_top, training  # noqa: F401
+from sam_cache.stages import train_full, train_top, training  # noqa: F401  (as torch's above)
 from sam_cache.stages.decoding import SamObjective
-from sam_cache.training import RunFolder, run_folder
+from sam_cache.training import run_folder
+
+MOST_SECONDS = 300  # before a process that hangs is killed, so that its test fails and does not hang too
 
 
 def send_signal(number: int, after_step: int) -> None:
@@ -68,7 +70,7 @@ def die_between(first: str, second: str) -> None:
 
 
 def break_loss(at_batch: int) -> None:
-    """The loss of one batch, counted from 1, is not a number."""
+    """The loss of one batch that fits the mask budget, counted from 1, is not a number."""
     seen = 0
     ask = SamObjective.__call__
 
@@ -110,6 +112,7 @@ def run_command(asked: dict, rank: int, port: int) -> int:
     said = os.open(Path(asked["folder"], f"said-{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(said, stream)
+    signal.alarm(MOST_SECONDS)
     os.chdir(asked["folder"])
     torch.set_num_threads(1)
     if asked["ranks"] > 1:
@@ -144,14 +147,10 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def answer(**values: list[int]) -> None:
-    print(json.dumps(values), flush=True)
-
-
 if __name__ == "__main__":
     for line in sys.stdin:
         asked = json.loads(line)
         port = free_port()
         processes = [fork(asked, rank, port) for rank in range(asked["ranks"])]
-        answer(started=processes)
-        answer(codes=[os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes])
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        print(json.dumps(codes), flush=True)

@@ -122,6 +122,7 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
                 progress,
                 stop,
                 lambda metrics: bar.advance(note=f"loss {metrics['loss']:.3f}"),
+                lambda rows: f"images {', '.join(data.names(np.array(rows)))}",
             )
     finally:
         accelerator.end_training()  # what the trackers hold is written, and their processes end

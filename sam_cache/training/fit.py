@@ -60,13 +60,15 @@ def fit(
     progress: Progress,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
+    name_rows: Callable[[list[int]], str] = lambda rows: f"rows {rows}",
 ) -> Progress:
     """Train from `progress.step` to `pace.steps`, or until `should_stop`; returns where it stands.
 
     `network` has `encode(batch) -> levels`. The loss of a step is the weighted mean over all prompts of
     its accumulation window, whatever batches, chunks and ranks they came in. All ranks call this
     together, with shares of the same batches; only the first one writes.
-    Raises SamcacheError on a loss or gradient that is not finite; the last checkpoint is kept.
+    Raises SamcacheError on a loss or gradient that is not finite, naming the images; the last checkpoint
+    is kept.
     """
     device, stream = accelerator.device, iter(batches)
     saved = progress.step
@@ -79,9 +81,10 @@ def fit(
     def check(what: str, value: float, window: list[Batch]) -> None:
         if not math.isfinite(value):
             rows = sorted(sum(gather([int(row) for batch in window for row in batch.rows]), []))
+            kept = f"{run.path} keeps step {saved}" if saved else "nothing had been saved yet"
             raise SamcacheError(
-                f"step {progress.step + 1}: {what} is {value} on rows {rows}; "
-                f"lower --learning-rate or use --precision fp32; {run.path} keeps step {saved}"
+                f"step {progress.step + 1}: {what} is {value} on {name_rows(rows)}; "
+                f"lower --learning-rate or use --precision fp32; {kept}"
             )
 
     while progress.step < pace.steps and not progress.exhausted(pace.patience):

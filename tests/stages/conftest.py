@@ -2,7 +2,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,16 +57,32 @@ class Ended:
     said: str
 
 
+class Launcher:
+    """Runs commands in processes of their own, in `folder`."""
+
+    def __init__(self, program: subprocess.Popen, folder: Path):
+        self.folder = folder
+        self._program = program
+
+    def __call__(self, *arguments: object, ranks: int = 1, faults: Sequence[dict] = ()) -> list[Ended]:
+        """In `ranks` processes; `faults` as in forked_commands.py."""
+        asked = {"arguments": list(map(str, arguments)), "folder": str(self.folder), "ranks": ranks, "faults": faults}
+        self._program.stdin.write(json.dumps(asked) + "\n")
+        self._program.stdin.flush()
+        codes = json.loads(self._program.stdout.readline())
+        return [Ended(code, (self.folder / f"said-{rank}.txt").read_text()) for rank, code in enumerate(codes)]
+
+    def train(self, command: Sequence, out: Path | str, *, ranks: int = 1, faults: Sequence[dict] = ()) -> list[int]:
+        """Start the run `out`, or go on with it where there is one; returns the exit codes."""
+        resume = ("--resume",) if (self.folder / out / "config.json").exists() else ()
+        return [ended.code for ended in self(*command, "--out", out, *resume, ranks=ranks, faults=faults)]
+
+
 @pytest.fixture
-def launch(forking_program, tmp_path) -> Callable[..., list[Ended]]:
-    """Runs a command in `ranks` processes of their own, in the test's folder; `faults` as in forked_commands.py."""
+def launch(forking_program, tmp_path) -> Launcher:
+    return Launcher(forking_program, tmp_path)
 
-    def run(*arguments: object, ranks: int = 1, faults: tuple[dict, ...] = ()) -> list[Ended]:
-        asked = {"arguments": list(map(str, arguments)), "folder": str(tmp_path), "ranks": ranks, "faults": faults}
-        forking_program.stdin.write(json.dumps(asked) + "\n")
-        forking_program.stdin.flush()
-        codes = json.loads(forking_program.stdout.readline())
-        return [Ended(code, (tmp_path / f"said-{rank}.txt").read_text()) for rank, code in enumerate(codes)]
 
-    run.folder = tmp_path
-    return run
+@pytest.fixture(scope="session")
+def launch_in(forking_program) -> Callable[[Path], Launcher]:
+    return lambda folder: Launcher(forking_program, folder)

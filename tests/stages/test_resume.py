@@ -1,7 +1,6 @@
 """Stop or kill a training anywhere: it goes on as if nothing had happened."""
 
 import signal
-from random import Random
 
 import pytest
 import torch
@@ -14,17 +13,25 @@ COMMON = ("--batch-size", 3, "--max-objects", 3, "--warmup", 2, "--learning-rate
           "--trackers", "")  # fmt: skip
 
 
-@pytest.fixture(params=["train-top", "train-full"])
-def command(request, scenes) -> tuple:
-    return top_command(scenes) if request.param == "train-top" else FULL
-
-
 def top_command(scenes) -> tuple:
     return ("train-top", "--store", scenes, *COMMON)
 
 
 FULL = ("train-full", "--dataset", "synthetic", "--scenes", 12, "--model", "tiny", "--adapter", "lora",
         "--augment", "hflip,jitter:0.5-2.0,colour", "--corrections", 1, *COMMON)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["train-top", "train-full"])
+def command(request, scenes) -> tuple:
+    return top_command(scenes) if request.param == "train-top" else FULL
+
+
+@pytest.fixture(scope="module")
+def straight(launch_in, command, tmp_path_factory) -> RunFolder:
+    """The command in one process that nobody stopped."""
+    launch = launch_in(tmp_path_factory.mktemp("straight"))
+    assert launch.train(command, "run") == [0]
+    return RunFolder.open(launch.folder / "run")
 
 
 def stop(number: int, after_step: int, rank: int = 0) -> dict:
@@ -56,104 +63,86 @@ def steps_saved(run: RunFolder) -> int:
     return run.load_training()[2]["progress"]["step"]
 
 
-def train(launch, command, out, *, ranks=1, faults=()) -> list[int]:
-    """Start the run `out`, or go on with it where there is one; returns the exit codes."""
-    resume = ("--resume",) if (launch.folder / out / "config.json").exists() else ()
-    return [process.code for process in launch(*command, "--out", out, *resume, ranks=ranks, faults=faults)]
-
-
 @pytest.mark.slow
-def test_stopped_twice_is_uninterrupted(launch, command, tmp_path):
-    straight, parts = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "parts")
-    assert train(launch, command, "straight") == [0]
-    (ended,) = launch(*command, "--out", "parts", faults=(stop(signal.SIGTERM, 1),))
+def test_stopped_twice_is_uninterrupted(launch, command, straight):
+    parts = RunFolder(launch.folder / "parts")
+    (ended,) = launch(*command, "--out", "parts", faults=[stop(signal.SIGTERM, 1)])
     assert ended.code == 130
     assert "stopped at step 1 of 6; go on with --out parts --resume" in ended.said
     assert steps_saved(parts) == 1
-    assert train(launch, command, "parts", faults=(stop(signal.SIGINT, 4),)) == [130]
+    assert launch.train(command, "parts", faults=[stop(signal.SIGINT, 4)]) == [130]
     assert steps_saved(parts) == 5
-    assert train(launch, command, "parts") == [0]
+    assert launch.train(command, "parts") == [0]
     assert_equal(straight, parts)
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_and_twice_in_a_row_is_uninterrupted(launch, command, tmp_path):
-    """First before there is a checkpoint, then twice in a row after the same one."""
-    straight, killed = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "killed")
-    assert train(launch, command, "straight") == [0]
-    for after_step, kept in ((1, 0), (3, 2), (1, 2), (3, 4)):
-        assert train(launch, command, "killed", faults=(stop(signal.SIGKILL, after_step),)) == [-signal.SIGKILL]
+def test_killed_at_any_step_and_twice_in_a_row_is_uninterrupted(launch, command, straight):
+    """First before there is a checkpoint, then twice in a row after the same one, and while a line was logged."""
+    killed = RunFolder(launch.folder / "killed")
+    for after_step, kept in ((1, 0), (3, 2), (1, 2)):
+        assert launch.train(command, "killed", faults=[stop(signal.SIGKILL, after_step)]) == [-signal.SIGKILL]
         assert killed.resumable == (kept > 0)
         assert not kept or steps_saved(killed) == kept
-    assert train(launch, command, "killed") == [0]
+    with open(killed.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert launch.train(command, "killed") == [0]
     assert_equal(straight, killed)
 
 
 @pytest.mark.slow
-def test_killed_anywhere_while_writing_is_uninterrupted(launch, scenes, tmp_path):
+def test_killed_anywhere_while_writing_is_uninterrupted(launch, scenes):
     """Dead at the n-th time that something must be on disk: configuration, checkpoint, what names it."""
     command = (*top_command(scenes), "--evaluate-every", 1)
-    straight, killed = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "killed")
-    assert train(launch, command, "straight") == [0]
-    draw = Random(0)
-    for number in (2, 4, *(draw.randint(5, 18) for _ in range(6))):
-        faults = ({"name": "die_at_sync", "rank": 0, "number": number},)
-        if train(launch, command, "killed", faults=faults) == [0]:
-            break
+    whole, killed = RunFolder(launch.folder / "whole"), RunFolder(launch.folder / "killed")
+    assert launch.train(command, "whole") == [0]
+    # In record.json, in config.json, between `last` and `best`, in a checkpoint's files, between its
+    # renaming and `last`, in the files of a second one.
+    for number in (2, 4, 9, 5, 7, 13):
+        fault = {"name": "die_at_sync", "rank": 0, "number": number}
+        assert launch.train(command, "killed", faults=[fault]) == [-signal.SIGKILL]
         if killed.resumable:
             assert killed.load_weights("last")
-            assert all(line["step"] <= 6 for line in killed.metrics())
-    assert train(launch, command, "killed") == [0]
-    assert_equal(straight, killed)
+    assert launch.train(command, "killed") == [0]
+    assert_equal(whole, killed)
 
 
 @pytest.mark.slow
-def test_killed_between_naming_last_and_best_keeps_the_best(launch, scenes, tmp_path):
+def test_killed_between_naming_last_and_best_keeps_the_best(launch, scenes):
     """With weights that hardly move the first of all evaluations stays the best."""
     command = (*top_command(scenes), "--learning-rate", 1e-30, "--weight-decay", 0, "--evaluate-every", 1)
-    faults = ({"name": "die_between", "rank": 0, "first": "last", "second": "best"},)
-    assert train(launch, command, "killed", faults=faults) == [-signal.SIGKILL]
-    killed = RunFolder(tmp_path / "killed")
+    fault = {"name": "die_between", "rank": 0, "first": "last", "second": "best"}
+    assert launch.train(command, "killed", faults=[fault]) == [-signal.SIGKILL]
+    killed = RunFolder(launch.folder / "killed")
     assert steps_saved(killed) == 1
-    assert not (tmp_path / "killed" / "best").exists()
-    assert train(launch, command, "killed") == [0]
-    assert (tmp_path / "killed" / "best").read_text() == "step-000001\n"
+    assert not (killed.path / "best").exists()
+    assert launch.train(command, "killed") == [0]
+    assert (killed.path / "best").read_text() == "step-000001\n"
     assert killed.load_weights("best")
 
 
 @pytest.mark.slow
-def test_a_line_cut_off_in_the_log_does_not_keep_a_run_from_going_on(launch, scenes, tmp_path):
-    straight, killed = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "killed")
-    assert train(launch, top_command(scenes), "straight") == [0]
-    assert train(launch, top_command(scenes), "killed", faults=(stop(signal.SIGKILL, 3),)) == [-signal.SIGKILL]
-    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
-    assert train(launch, top_command(scenes), "killed") == [0]
-    assert_equal(straight, killed)
-
-
-@pytest.mark.slow
-def test_one_rank_of_two_is_stopped_or_killed_and_all_end(launch, command, tmp_path):
+def test_one_rank_of_two_is_stopped_or_killed_and_all_end(launch, scenes):
     """Going on with as many is going on bit for bit."""
-    straight, parts = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "parts")
-    assert train(launch, command, "straight", ranks=2) == [0, 0]
-    assert train(launch, command, "parts", ranks=2, faults=(stop(signal.SIGTERM, 1, rank=1),)) == [130, 130]
+    command = top_command(scenes)
+    whole, parts = RunFolder(launch.folder / "whole"), RunFolder(launch.folder / "parts")
+    assert launch.train(command, "whole", ranks=2) == [0, 0]
+    assert launch.train(command, "parts", ranks=2, faults=[stop(signal.SIGTERM, 1, rank=1)]) == [130, 130]
     assert steps_saved(parts) == 1
-    first, second = train(launch, command, "parts", ranks=2, faults=(stop(signal.SIGKILL, 2, rank=1),))
+    first, second = launch.train(command, "parts", ranks=2, faults=[stop(signal.SIGKILL, 2, rank=1)])
     assert first not in (0, -signal.SIGALRM)  # it did not wait for ever
     assert second == -signal.SIGKILL
-    assert train(launch, command, "parts", ranks=2) == [0, 0]
-    assert_equal(straight, parts)
+    assert launch.train(command, "parts", ranks=2) == [0, 0]
+    assert_equal(whole, parts)
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_goes_on_in_the_same_order(launch, command, tmp_path):
+def test_another_number_of_ranks_goes_on_in_the_same_order(launch, command, straight):
     """Two ranks, then one, then three: the losses are those of one process that was never stopped."""
-    straight, parts = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "parts")
-    assert train(launch, command, "straight") == [0]
-    assert train(launch, command, "parts", ranks=2, faults=(stop(signal.SIGTERM, 2, rank=1),)) == [130, 130]
-    assert train(launch, command, "parts", ranks=1, faults=(stop(signal.SIGTERM, 2),)) == [130]
-    assert train(launch, command, "parts", ranks=3) == [0, 0, 0]
+    parts = RunFolder(launch.folder / "parts")
+    assert launch.train(command, "parts", ranks=2, faults=[stop(signal.SIGTERM, 2, rank=1)]) == [130, 130]
+    assert launch.train(command, "parts", ranks=1, faults=[stop(signal.SIGTERM, 2)]) == [130]
+    assert launch.train(command, "parts", ranks=3) == [0, 0, 0]
     assert [line["step"] for line in parts.metrics()] == [1, 2, 3, 4, 5, 6]
     for line, same in zip(logged(straight), logged(parts), strict=True):
         for name in ("loss", "focal", "dice", "iou", "gradient_norm", "learning_rate"):

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sam_cache import config
 from sam_cache.batches import Sampling
 from sam_cache.data import parse_prompts
-from sam_cache.model import load_sam
+from sam_cache.model import fixed_weights, load_sam, size_of
 from sam_cache.stages.schedule import choose_repeats, make_optimizer
 from sam_cache.stages.train_full import open_data, open_sam
 from sam_cache.stages.tuned_sam import config_of, open_tuned
@@ -86,8 +87,6 @@ def test_adapter_weights_alone_are_saved_and_load_back_to_the_same_masks(samcach
 )
 @pytest.mark.slow
 def test_number_of_trained_parameters(options, expected, tmp_path):
-    from sam_cache.model import fixed_weights, size_of
-
     torch.save(fixed_weights(size_of("vit_b")), tmp_path / "vit_b.pth")
     sam = open_sam(config.TrainFullConfig(checkpoint=tmp_path / "vit_b.pth", **options))
     assert sum(parameter.numel() for parameter in sam.parameters() if parameter.requires_grad) == expected
@@ -224,3 +223,69 @@ def test_a_checkpoint_of_another_rank_is_refused(samcache, tmp_path, capsys):
 def test_sa_trains_without_any_prompt(samcache, tmp_path):
     assert samcache("train-full", *SHORT, "--adapter", "sa", "--prompts", "none", "--out", "run") == 0
     assert "held_out/iou/none" in RunFolder.open(tmp_path / "run").metrics()[-1]
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """A COCO folder of 12 images, of which every third has an object; the others have none."""
+    images = []
+    annotations = []
+    for id in range(1, 13):
+        picture = np.random.default_rng(id).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        (tmp_path / "data" / "images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "data" / "images" / f"{id}.png")
+        images.append({"id": id, "file_name": f"{id}.png", "height": 40, "width": 60})
+        if id % 3 == 0:
+            corners = [5.0, 5, 30, 5, 30, 30, 5, 30]
+            annotations.append({"id": id, "image_id": id, "category_id": 1, "segmentation": [corners]})
+    contents = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "square"}]}
+    (tmp_path / "data" / "objects.json").write_text(json.dumps(contents))
+    return tmp_path / "data"
+
+
+PHOTOGRAPHS = ("--dataset", "coco", "--images", "data/images", "--annotations", "data/objects.json", "--model", "tiny")
+
+
+def test_images_without_objects_are_left_out_as_the_cache_leaves_them_out(samcache, tmp_path, photographs):
+    options = ("--steps", 2, "--warmup", 0, "--held-out", 0.3)
+    assert samcache("embed", *PHOTOGRAPHS, "--store", "s.zarr") == 0
+    assert samcache("train-top", "--store", "s.zarr", "--out", "cached", *options) == 0
+    assert samcache("train-full", *PHOTOGRAPHS, "--out", "live", *options) == 0
+    cached, live = (RunFolder.open(tmp_path / name).read_json("record.json") for name in ("cached", "live"))
+    assert len(live["trained"] + live["held_out"]) == 4
+    assert (cached["trained"], cached["held_out"]) == (live["trained"], live["held_out"])
+
+
+def test_a_run_opens_from_any_folder_and_after_its_images_have_moved(samcache, tmp_path, photographs, monkeypatch):
+    relative = [part.removeprefix("data/") if isinstance(part, str) else part for part in PHOTOGRAPHS]
+    options = ("--steps", 1, "--warmup", 0, "--held-out", 0.3, "--out", "run")
+    assert samcache("train-full", *relative, "--root", "data", *options) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluation = ("eval", "--run", tmp_path / "run", "--prompts", "box", "--overlays", 0)
+    assert samcache(*evaluation) == 0
+    photographs.rename(tmp_path / "moved")
+    assert samcache(*evaluation) == 1
+    assert samcache(*evaluation, "--root", tmp_path / "moved") == 0
+
+
+def test_another_top_under_the_same_encoder_is_not_taken_for_the_base(samcache, tmp_path, capsys):
+    state = fixed_weights(size_of("tiny"))
+    torch.save(state, tmp_path / "base.pth")
+    assert samcache("train-full", *SHORT, "--adapter", "lora", "--checkpoint", "base.pth", "--out", "run") == 0
+    state["prompt_encoder.point_embeddings.2.weight"] *= 3
+    torch.save(state, tmp_path / "other.pth")
+    assert samcache("export", "--run", "run", "--checkpoint", "other.pth") == 1
+    assert "prompt encoder or mask decoder is not the one" in capsys.readouterr().err
+    assert samcache("export", "--run", "run") == 0
+
+
+def test_a_run_stopped_before_its_first_evaluation_says_so(samcache, capsys):
+    assert samcache("train-full", *SCENES, "--steps", 2, "--held-out", 0, "--out", "run") == 0
+    assert "nothing held out to score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--best-by", "iou/none"), ("--trackers", "tensorbored"), ("--train", "")])
+def test_a_wrong_name_leaves_no_run_folder(samcache, tmp_path, options):
+    assert samcache("train-full", *SHORT, *options, "--out", "run") == 2
+    assert not (tmp_path / "run").exists()

@@ -3,8 +3,8 @@
     SAMCACHE_TEST_DATA=/data python benchmarks/real_sets.py --steps 200
 
 Every set is embedded with `nano`, trained with box prompts for the same number of steps and evaluated on
-held-out images. nano's weights are drawn from a seed and know nothing: the scores show that the pipeline learns
-from real images and masks, not how good a pretrained SAM is.
+held-out images. nano has seen nothing but generated scenes: the scores show that the pipeline learns from real images
+and masks, not how good a pretrained SAM is.
 """
 
 import argparse

@@ -53,7 +53,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or Ranks.from_env().rank > 0,
         )
         self._task = self._bar.add_task(title, total=total, completed=done, unit=unit, note="")
 

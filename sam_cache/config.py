@@ -93,7 +93,8 @@ class PixelKnobs(StageConfig):
     intensity: Literal["full", "percentile"] = Field("full", description="How 16-bit images become 8-bit.")
 
 
-class EmbedConfig(DeviceKnobs, DatasetKnobs, ModelKnobs, PixelKnobs):
+# The knobs of the base named last come first in --help.
+class EmbedConfig(DeviceKnobs, PixelKnobs, ModelKnobs, DatasetKnobs):
     store: Path = Field(Path("emb.zarr"), description="Store to create, or to finish.")
     dtype: Literal["fp16", "fp32", "bf16"] = Field("fp16", description="Storage type of the embeddings.")
     codec: Literal["raw", "zstd", "blosc"] = Field("raw", description="Compression of stored rows.")
@@ -176,7 +177,7 @@ class TrainingKnobs(StageConfig):
     threads: Positive = Field(2, description="Threads that read images or rows ahead of the training step.")
 
 
-class TrainTopConfig(DeviceKnobs, SplitKnobs, ObjectKnobs, TrainingKnobs):
+class TrainTopConfig(DeviceKnobs, ObjectKnobs, SplitKnobs, TrainingKnobs):
     store: Path = Field(Path("emb.zarr"), description="Store to train from.")
     checkpoint: Path | None = Field(None, description="Weights to start from, instead of the store's base weights.")
     train: Names = Field(("prompt", "decoder"), description="Parts to train: prompt, no-mask, decoder.")
@@ -208,7 +209,7 @@ class AdapterKnobs(StageConfig):
     )
 
 
-class TrainFullConfig(DeviceKnobs, SplitKnobs, DatasetKnobs, ModelKnobs, PixelKnobs, AdapterKnobs, TrainingKnobs):
+class TrainFullConfig(DeviceKnobs, SplitKnobs, TrainingKnobs, PixelKnobs, ModelKnobs, DatasetKnobs, AdapterKnobs):
     train: Names | None = Field(
         None,
         description="Parts to train: encoder, neck, prompt, no-mask, decoder. Default: "

@@ -115,12 +115,11 @@ def show(name: str, found: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("SAMCACHE_TEST_DATA"))
+    data = os.environ.get("SAMCACHE_TEST_DATA")
+    parser.add_argument("--data", type=Path, default=data, required=data is None, help="folder of the real sets")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--input-size", type=int, default=448)
     arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give the folder of the real sets with --data, or set SAMCACHE_TEST_DATA")
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         datasets = sets(Path(arguments.data), Path(scratch))

@@ -22,7 +22,7 @@ from measure import alternate, describe_machine, median_ratio, summarise, write_
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from sam_cache.batches import CachedBatches, Sampling, pixel_batches
+from sam_cache.batches import CachedBatches, Order, Sampling, pixel_batches
 from sam_cache.config import EmbedConfig
 from sam_cache.data import parse_prompts
 from sam_cache.model import SIZES, Masks, Top, load_encoder, top_from_bytes
@@ -98,7 +98,7 @@ def make_contenders(arguments, data: CachedData, cfg: EmbedConfig, checkpoint: P
     sampling = Sampling(parse_prompts("box"), 0, training=True)
     top = top_from_bytes(data.store.base).to(device)
     annotator = data.annotator(top.size.mask_size, sampling)
-    batches = iter(CachedBatches(data.store, annotator, data.train, batch_size=arguments.images, seed=0))
+    batches = iter(CachedBatches(data.store, annotator, Order(data.train, seed=0), batch_size=arguments.images))
     dataset, how = open_source(cfg), data.preprocessing
     rows = [(number, number) for number in range(arguments.images)]
     pixels = next(pixel_batches(dataset, rows, how, arguments.images, threads=1))
@@ -106,7 +106,7 @@ def make_contenders(arguments, data: CachedData, cfg: EmbedConfig, checkpoint: P
     objective = SamObjective(LossWeights())
 
     def step(batch: Batch) -> None:
-        objective(top, batch)["loss"].div(len(batch.prompts)).backward()
+        next(objective(top, batch))["loss"].div(len(batch.prompts)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -133,7 +133,7 @@ def make_contenders(arguments, data: CachedData, cfg: EmbedConfig, checkpoint: P
         for image in range(arguments.images):
             one = batch.select((batch.prompts.image_index == image).nonzero()[:, 0])
             one.levels["neck"] = neck[image : image + 1]
-            objective(upstream, one)["loss"].div(len(batch.prompts)).backward()
+            next(objective(upstream, one))["loss"].div(len(batch.prompts)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

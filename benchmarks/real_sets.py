@@ -88,12 +88,11 @@ def measure(name: str, knobs: dict, steps: int, input_size: int, folder: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("SAMCACHE_TEST_DATA"))
+    data = os.environ.get("SAMCACHE_TEST_DATA")
+    parser.add_argument("--data", type=Path, default=data, required=data is None, help="folder of the real sets")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--input-size", type=int, default=224)
     arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give the folder of the real sets with --data, or set SAMCACHE_TEST_DATA")
     with tempfile.TemporaryDirectory() as scratch:
         found = [
             measure(name, knobs, arguments.steps, arguments.input_size, Path(scratch, str(number)))

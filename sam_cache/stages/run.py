@@ -46,4 +46,5 @@ def continue_run(cfg: TrainingKnobs, record: dict) -> RunFolder:
                   if old[name] != record[name]]  # fmt: skip
     if differing:
         raise UsageError(f"--resume: {cfg.out} is another run: {'; '.join(differing)}; choose another --out")
+    run.write_json("config.json", now)
     return run

@@ -14,7 +14,6 @@ from sam_cache.data import (
     coverage,
     crop_rle,
     keyed_generator,
-    rle_to_mask,
     sample_prompts,
     valid_coverage,
 )
@@ -123,10 +122,6 @@ class Annotator:
         """Whether the row has an object to ask for."""
         return int(row) in self._objects_of_row
 
-    def objects_of(self, row: int) -> np.ndarray:
-        """The places of the row's objects in the columns, those that can be asked for."""
-        return self._objects_of_row.get(int(row), np.zeros(0, np.int64))
-
     def image_id(self, row: int) -> int:
         return int(self._images.ids[self._image_of_row[int(row)]])
 
@@ -135,17 +130,12 @@ class Annotator:
         height, width = int(self._images.heights[image]), int(self._images.widths[image])
         return Geometry(height, width, self._how.input_size, self._how.fit)
 
-    def mask(self, index: int) -> np.ndarray:
-        """Object `index` as a boolean (H, W), at its image's size."""
-        geometry = self.geometry(self._objects["row"][index])
-        return rle_to_mask(self._objects["rle"][index], geometry.height, geometry.width).astype(bool)
-
     def annotate(self, visits: Sequence[Visit]) -> Annotation:
         """Prompts and targets for the objects of the visited rows."""
         return Annotation.join([self._annotate_row(visit) for visit in visits])
 
     def _annotate_row(self, visit: Visit) -> Annotation:
-        image_id, found = self.image_id(visit.row), self.objects_of(visit.row)
+        image_id, found = self.image_id(visit.row), self._objects_of_row.get(visit.row, np.zeros(0, np.int64))
         chosen, weight = self._sampling.choose(len(found), image_id, visit)
         objects = found[chosen]
         columns = {name: self._objects[name][objects] for name in PROMPT_COLUMNS}

@@ -1,7 +1,7 @@
 """Images of a dataset with their prompts and targets, decoded and augmented anew at every visit."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -36,7 +36,7 @@ REDRAWS = 8  # augmentations tried before an image that loses all its objects is
 class Example:
     """One image ready for the encoder: `pixels` (S, S, 3) uint8, and the objects that are asked for.
 
-    `rles` and `categories` are those of the prompts, at the image's size after augmentation.
+    `columns` and `categories` are of these objects, at the image's size after augmentation.
     """
 
     row: int
@@ -44,8 +44,16 @@ class Example:
     geometry: Geometry
     pixels: np.ndarray
     annotation: Annotation
-    rles: list[bytes]
+    columns: Table
     categories: list[int]
+
+    def asked(self, sampling: Sampling) -> "Example":
+        """The same objects, asked for by another mixture out of the kinds that it was read for."""
+        objects, resolution = self.annotation.objects, self.annotation.targets.masks.shape[-1]
+        annotation = annotate_image(
+            self.columns, objects, 1.0, self.image_id, self.geometry, resolution, sampling, Visit(self.row)
+        )
+        return replace(self, annotation=annotation)
 
 
 class LiveImages:
@@ -71,13 +79,13 @@ class LiveImages:
         objects = usable_objects(self.dataset, visit.row)
         if not objects:
             return None
+        chosen, weight = self._sampling.choose(len(objects), record.id, visit)
+        if not len(chosen):
+            return None
         try:
             image = decode(self.dataset.read(record), record, self._how.intensity).image
         except (ImageError, OSError) as error:  # OSError: from a dataset given in Python
             self.problems[visit.row] = str(error)
-            return None
-        chosen, weight = self._sampling.choose(len(objects), record.id, visit)
-        if not len(chosen):
             return None
         image, rles, kept = self._augment(image, [objects[place].rle for place in chosen], record, visit)
         chosen = chosen[kept]
@@ -88,7 +96,7 @@ class LiveImages:
         )
         pixels = to_pixels(image, geometry, self._how.resize)
         categories = [objects[place].category for place in chosen]
-        return Example(visit.row, record.id, geometry, pixels, annotation, rles, categories)
+        return Example(visit.row, record.id, geometry, pixels, annotation, columns, categories)
 
     def _augment(
         self, image: np.ndarray, rles: list[bytes], record: ImageRecord, visit: Visit

@@ -68,14 +68,24 @@ class LiveData:
     def exams(
         self, rows: Sequence[int], kinds: Sequence[PromptMixture], seed: int, resolution: int
     ) -> Iterator[list[Exam]]:
-        readers = [self.images(resolution, Sampling(kind, seed, training=False)) for kind in kinds]
+        together = PromptMixture(tuple(choice for kind in kinds for choice in kind.choices))
+        reader = self.images(resolution, Sampling(together, seed, training=False))
         for row in rows:
-            examples = [reader.read(Visit(int(row))) for reader in readers]
-            if examples[0] is not None:
-                yield [
-                    Exam(row, found.image_id, kind, found.geometry, collate([found]), found.rles, found.categories)
-                    for kind, found in zip(kinds, examples, strict=True)
-                ]
+            example = reader.read(Visit(int(row)))
+            if example is None:
+                continue
+            yield [
+                Exam(
+                    row,
+                    example.image_id,
+                    kind,
+                    example.geometry,
+                    collate([example.asked(Sampling(kind, seed, training=False))]),
+                    example.columns["rle"],
+                    example.categories,
+                )
+                for kind in kinds
+            ]
 
     def categories_of(self, rows: np.ndarray) -> list[np.ndarray]:
         found = []

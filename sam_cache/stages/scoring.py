@@ -65,8 +65,9 @@ def _answer(
     truths = [rle_to_mask(rle, geometry.height, geometry.width).astype(bool) for rle in exam.rles]
     masks: dict[str, list[np.ndarray]] = {}
     predicted: dict[str, list[float]] = {}
+    questions = replace(batch, levels={}, pixels=None).to(device)  # the image is there already, as levels
     for name, network in networks.items():
-        asked = replace(batch.to(device), levels=levels[name], pixels=None)
+        asked = replace(questions, levels=levels[name])
         found = [predict_in_image(network, chunk, geometry) for chunk in asked.chunks(mask_budget)]
         masks[name] = [mask for shown, _ in found for mask in shown]
         predicted[name] = [score for _, scores in found for score in scores.tolist()]

@@ -79,7 +79,7 @@ def test_boxes_fit_the_moved_masks(scenes):
     for epoch in range(6):
         example = images.read(Visit(1, epoch))
         boxes = example.geometry.boxes_to_image(example.annotation.prompts.boxes_xyxy_input.numpy())
-        for box, rle in zip(boxes, example.rles, strict=True):
+        for box, rle in zip(boxes, example.columns["rle"], strict=True):
             rows, columns = np.nonzero(rle_to_mask(rle, example.geometry.height, example.geometry.width))
             tight = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             assert box == pytest.approx(tight, abs=1e-3)

@@ -100,10 +100,8 @@ def soft_iou_loss(
     `dice_loss`, so that an empty target is best met by an empty mask.
     """
     logits, targets, valid = map(at_least_fp32, (logits, targets, valid))
-    probabilities, wanted = logits.sigmoid(), (targets * valid).unsqueeze(1)
-    intersection = (probabilities * wanted).sum(dim=(2, 3))
-    predicted = (probabilities * valid.unsqueeze(1)).sum(dim=(2, 3))
-    return 1 - (intersection + 1) / (predicted + wanted.sum(dim=(2, 3)) - intersection + 1)
+    intersection, both = _areas(logits.sigmoid(), targets, valid)
+    return 1 - (intersection + 1) / (both - intersection + 1)
 
 
 @torch.no_grad()
@@ -181,10 +179,16 @@ def _focal(
 
 
 def _dice(probabilities: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    intersection, both = _areas(probabilities, targets, valid)
+    return 1 - (2 * intersection + 1) / (both + 1)
+
+
+def _areas(probabilities: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the soft masks: sum(p t), and sum(p) + sum(t), over the valid cells."""
     wanted = (targets * valid).unsqueeze(1)
     intersection = (probabilities * wanted).sum(dim=(2, 3))
     predicted = (probabilities * valid.unsqueeze(1)).sum(dim=(2, 3))
-    return 1 - (2 * intersection + 1) / (predicted + wanted.sum(dim=(2, 3)) + 1)
+    return intersection, predicted + wanted.sum(dim=(2, 3))
 
 
 def _mean(cells: Tensor, valid: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from sam_cache.model import SIZES, Top, fixed_weights, load_top
+from sam_cache.model import SIZES, Encoder, Top, fixed_weights, load_encoder, load_top
 from sam_cache.types import Prompts
 
 
@@ -36,6 +36,23 @@ def relative() -> Callable[[Tensor, Tensor], float]:
 @pytest.fixture
 def tiny_state() -> dict[str, Tensor]:
     return fixed_weights(SIZES["tiny"])
+
+
+@pytest.fixture
+def encoder(redraw) -> Encoder:
+    """The tiny one, with weights so large that every layer counts: redrawn ones are small."""
+    encoder = load_encoder("tiny")
+    redraw(encoder, seed=5)
+    for parameter in encoder.parameters():
+        parameter.data *= 3
+    return encoder
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    """Two images of the tiny encoder's input size."""
+    side = SIZES["tiny"].input_size
+    return torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(6)).byte()
 
 
 @pytest.fixture

@@ -20,12 +20,6 @@ def encoder(redraw):
 
 
 @pytest.fixture
-def pixels():
-    generator = torch.Generator().manual_seed(6)
-    return torch.randint(0, 256, (2, 3, SIZE.input_size, SIZE.input_size), generator=generator).byte()
-
-
-@pytest.fixture
 def upstream(encoder):
     sam = Sam(build_image_encoder(SIZE), build_prompt_encoder(SIZE), build_mask_decoder(SIZE)).eval()
     sam.image_encoder.load_state_dict(encoder.vit.state_dict())

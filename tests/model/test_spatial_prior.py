@@ -19,21 +19,6 @@ CONTENT = torch.tensor([[SIZE.input_size, 70], [33, SIZE.input_size]])
 
 
 @pytest.fixture
-def encoder(redraw):
-    encoder = load_encoder("tiny")
-    redraw(encoder, seed=5)
-    for parameter in encoder.parameters():  # redraw leaves them small: make every layer count
-        parameter.data *= 3
-    return encoder
-
-
-@pytest.fixture
-def pixels():
-    generator = torch.Generator().manual_seed(6)
-    return torch.randint(0, 256, (2, 3, SIZE.input_size, SIZE.input_size), generator=generator).byte()
-
-
-@pytest.fixture
 def adapted(encoder):
     attach(encoder, KNOBS, seed=1)
     generator = torch.Generator().manual_seed(7)

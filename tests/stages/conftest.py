@@ -11,11 +11,9 @@ import pytest
 from sam_cache import cli
 
 
-@pytest.fixture
-def samcache(tmp_path, monkeypatch) -> Callable[..., int]:
-    """Runs a command in an empty folder and returns its exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SAMCACHE_HOME", str(tmp_path / "home"))
+@pytest.fixture(scope="session")
+def invoke() -> Callable[..., int]:
+    """Runs a command in this process and returns its exit code."""
 
     def run(*arguments: object) -> int:
         with pytest.raises(SystemExit) as ended:
@@ -25,16 +23,20 @@ def samcache(tmp_path, monkeypatch) -> Callable[..., int]:
     return run
 
 
+@pytest.fixture
+def samcache(invoke, tmp_path, monkeypatch) -> Callable[..., int]:
+    """Runs a command in an empty folder and returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAMCACHE_HOME", str(tmp_path / "home"))
+    return invoke
+
+
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> Path:
+def scenes(invoke, tmp_path_factory) -> Path:
     """A finished store of 12 synthetic scenes, embedded by the tiny model. Read only."""
     path = tmp_path_factory.mktemp("scenes") / "scenes.zarr"
-    with pytest.raises(SystemExit) as ended:
-        cli.main(
-            ["embed", "--dataset", "synthetic", "--scenes", "12", "--model", "tiny", "--shard-rows", "4",
-             "--batch-size", "2", "--store", str(path)]
-        )  # fmt: skip
-    assert not ended.value.code
+    assert invoke("embed", "--dataset", "synthetic", "--scenes", 12, "--model", "tiny", "--shard-rows", 4,
+                  "--batch-size", 2, "--store", path) == 0  # fmt: skip
     return path
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sam_cache import cli
 from sam_cache.model import fit_trained, fixed_weights, size_of
 from sam_cache.model.parts import outline
 from sam_cache.stages import export
@@ -28,7 +27,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory, scenes):
+def run_of(invoke, tmp_path_factory, scenes):
     """A run by name, made when it is first asked for: `top`, or one of `RUNS`. Read only."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -36,9 +35,7 @@ def run_of(tmp_path_factory, scenes):
         path = folder / name
         if not path.exists():
             stage = ("train-top", "--store", scenes) if name == "top" else ("train-full", *FULL, *RUNS[name])
-            with pytest.raises(SystemExit) as ended:
-                cli.main([str(word) for word in (*stage, "--out", path, *QUICK)])
-            assert not ended.value.code
+            assert invoke(*stage, "--out", path, *QUICK) == 0
         return path
 
     return run_of

@@ -9,7 +9,6 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from sam_cache import cli
 from sam_cache.data import Geometry, open_dataset, to_pixels
 from sam_cache.model import load_encoder, masks_to_image
 from sam_cache.stages.predict import name_masks
@@ -25,7 +24,7 @@ BOXES = [[5, 6, 30, 20], [20.5, 10, 60, 60], [0, 0, 90, 70]]
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory, scenes):
+def run_of(invoke, tmp_path_factory, scenes):
     """A run of `train-top` or of `train-full`, made when it is first asked for. Read only."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -33,9 +32,7 @@ def run_of(tmp_path_factory, scenes):
         path = folder / stage
         if not path.exists():
             command = FULL if stage == "train-full" else (stage, "--store", scenes)
-            with pytest.raises(SystemExit) as ended:
-                cli.main([str(word) for word in (*command, "--out", path, *QUICK)])
-            assert not ended.value.code
+            assert invoke(*command, "--out", path, *QUICK) == 0
         return path
 
     return run_of

@@ -11,7 +11,7 @@ FLOORS = {
     "stages": 4,
     "config": 3, "batches": 3,
     "store": 2, "data": 2, "model": 2, "training": 2, "evaluation": 2, "pictures": 2,
-    "types": 1, "errors": 1, "ranks": 1, "__init__": 0,
+    "types": 1, "errors": 1, "ranks": 1, "durable": 1, "__init__": 0,
 }  # fmt: skip
 ABOVE_ITS_NEIGHBOUR = {("cli", "recipe"), ("__main__", "cli")}
 KEEPERS = {

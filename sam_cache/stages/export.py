@@ -1,8 +1,8 @@
 """Join a run's weights with their base into an official checkpoint, and prove it in segment_anything."""
 
 import os
-from pathlib import Path
 
+from sam_cache import durable
 from sam_cache.batches import Preprocessing
 from sam_cache.config import ExportConfig
 from sam_cache.errors import CheckpointError
@@ -40,7 +40,9 @@ def export(cfg: ExportConfig) -> int:
                 f"{cfg.out}: not written, segment_anything answers otherwise from it: {told}; "
                 "try --device cpu, and report it where that does not help"
             )
-        publish(aside, cfg.out)
+        durable.fsync(aside)
+        os.replace(aside, cfg.out)
+        durable.fsync(cfg.out.parent)
     finally:
         aside.unlink(missing_ok=True)
     print(f"{cfg.out}: loads in segment_anything; {told}")
@@ -62,10 +64,3 @@ def warn(run: RunFolder, which: str, official: Preprocessing) -> None:
             f"{run.path}: its position tables, trained for input size {how.input_size}, are stretched back to "
             f"{official.input_size}, which is not exact"
         )
-
-
-def publish(aside: Path, path: Path) -> None:
-    """Put a finished file in its place, in one step, once it is on the disk."""
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sam_cache import durable
 from sam_cache.batches import Preprocessing
 from sam_cache.batches.ahead import run_ahead
 from sam_cache.config import PredictConfig
 from sam_cache.data import KINDS, Dataset, Geometry, decode, mask_to_rle, measure_rle, open_images, to_pixels
 from sam_cache.errors import DatasetError, ImageError, UsageError
 from sam_cache.model import Sam
-from sam_cache.pictures.files import replace_file
 from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device, pick_mask_budget
 from sam_cache.stages.progress import Bar, say, say_some
@@ -224,7 +224,7 @@ def write_mask(path: Path, numbers: np.ndarray) -> None:
 
 def publish(out: Path, content: str, masks: Path) -> None:
     """Put what is finished in the place of what was there."""
-    replace_file(out / FILE, content.encode())
+    durable.replace(out / FILE, content.encode())
     if (out / MASKS).exists():
         rmtree(out / MASKS)
     masks.rename(out / MASKS)

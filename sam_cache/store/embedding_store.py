@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
+from sam_cache import durable
 from sam_cache.errors import StoreError
-from sam_cache.store import durable
 from sam_cache.store.columns import Table, concatenate, read_attributes, read_table
 from sam_cache.store.images import ImageTable
 from sam_cache.store.ledger import (

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sam_cache import durable
 from sam_cache.errors import DamageError
-from sam_cache.store import durable
 from sam_cache.store.spec import Shard
 
 NAMES = re.compile(r"(prepare|shard|objects)-([\w-]+)\.json")

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from sam_cache.store import durable, layout
+from sam_cache import durable
+from sam_cache.store import layout
 from sam_cache.store.columns import Ragged, Table, write_array, write_table
 from sam_cache.store.ledger import Ledger, digests, read_ledger, record_name, seal
 from sam_cache.store.spec import StoreSpec

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import google_crc32c
 import numpy as np
 
-from sam_cache.store import durable
+from sam_cache import durable
 from sam_cache.store.layout import CHECKSUM_BYTES, Extent, decode_index, encode_index, index_size
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sam_cache.store import durable
+from sam_cache import durable
 from sam_cache.store.embedding_store import EmbeddingStore, expect_store
 from sam_cache.store.layout import level_metadata, shard_path
 from sam_cache.store.ledger import Ledger, changed, read_ledger, read_record, record_name, write_compact

@@ -16,8 +16,8 @@ import google_crc32c
 import numpy as np
 import torch
 
+from sam_cache import durable
 from sam_cache.errors import StoreError
-from sam_cache.store import durable
 from sam_cache.store.codecs import encode, to_stored
 from sam_cache.store.layout import Extent, shard_path
 from sam_cache.store.ledger import damage, record_name, seal

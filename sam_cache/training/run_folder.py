@@ -11,7 +11,6 @@ last, best             text files, each naming a checkpoint folder
 """
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sam_cache import durable
 from sam_cache.errors import CheckpointError, UsageError
 
 
@@ -46,10 +46,13 @@ class RunFolder:
         return cls(path)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        _write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+        self._write(name, json.dumps(content, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         return json.loads((self.path / name).read_text())
+
+    def _write(self, name: str, text: str) -> None:
+        durable.replace(self.path / name, text.encode())
 
     def log(self, metrics: dict[str, Any]) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:
@@ -64,13 +67,13 @@ class RunFolder:
     def forget_metrics_after(self, step: int) -> None:
         """Drop what a killed run logged after the checkpoint that training goes on from."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        _write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def restore_best(self, step: int) -> None:
         """Let `best` name the checkpoint of `step`, which a kill after naming `last` has prevented."""
         best = self.path / "checkpoints" / f"step-{step:06d}"
         if best.is_dir() and self._named("best") != best:
-            _write_atomically(self.path / "best", best.name + "\n")
+            self._write("best", best.name + "\n")
 
     def save(self, step: int, weights: dict[str, Tensor], optimizer: dict, state: dict[str, Any], best: bool) -> None:
         """Commit a checkpoint: written aside, synced, renamed, and only then named by `last` (and `best`).
@@ -85,15 +88,13 @@ class RunFolder:
         # safetensors and mkdtemp make what nobody else may read; as open as the others, it can be shared.
         (aside / "weights.safetensors").chmod((aside / "state.json").stat().st_mode)
         aside.chmod(folder.stat().st_mode)
-        for written in (*aside.iterdir(), aside):
-            _sync(written)
+        durable.fsync_tree(aside)
         final = folder / f"step-{step:06d}"
         if final.exists():  # killed after the rename, before `last` named it
             shutil.rmtree(final)
-        aside.rename(final)
-        _sync(folder)
+        durable.rename(aside, final)
         for name in ("last", "best") if best else ("last",):
-            _write_atomically(self.path / name, final.name + "\n")
+            self._write(name, final.name + "\n")
         named = {self._named(name) for name in ("last", "best")}
         for other in folder.iterdir():
             if other not in named:
@@ -124,19 +125,3 @@ class RunFolder:
     @property
     def resumable(self) -> bool:
         return self._named("last") is not None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
-    _sync(aside)
-    os.replace(aside, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -52,21 +52,21 @@ def die_at_sync(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(descriptor)
 
-    run_folder.os.fsync = sync_or_die
+    os.fsync = sync_or_die
 
 
 def die_between(first: str, second: str) -> None:
     """Killed after writing one file of the run folder, and before another."""
-    write = run_folder._write_atomically
+    write = run_folder.durable.replace
 
-    def write_or_die(path: Path, text: str) -> None:
+    def write_or_die(path: Path, data: bytes) -> None:
         if path.name == second and written == [first]:
             os.kill(os.getpid(), signal.SIGKILL)
-        write(path, text)
+        write(path, data)
         written[:] = [path.name]
 
     written: list[str] = []
-    run_folder._write_atomically = write_or_die
+    run_folder.durable.replace = write_or_die
 
 
 def break_loss(at_batch: int) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from sam_cache import durable
 from sam_cache.errors import DamageError
-from sam_cache.store import OK, EmbeddingStore, durable, verify
+from sam_cache.store import OK, EmbeddingStore, verify
 from sam_cache.store.layout import shard_path
 from sam_cache.store.ledger import seal, unseal
 

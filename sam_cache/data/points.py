@@ -65,7 +65,9 @@ def _centroid(mask: np.ndarray) -> tuple[int, int]:
 def _interior(mask: np.ndarray, centroid: tuple[int, int]) -> tuple[int, int]:
     framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     distance = cv2.distanceTransform(framed, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    return _nearest(distance == distance.max(), centroid)
+    # OpenCV's last bits change from call to call; the square of a distance between pixels is a whole number.
+    squared = np.rint(np.square(distance, dtype=np.float64))
+    return _nearest(squared == squared.max(), centroid)
 
 
 def _nearest(inside: np.ndarray, point: tuple[int, int]) -> tuple[int, int]:

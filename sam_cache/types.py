@@ -18,16 +18,24 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
+
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image of a dataset, known before it is decoded.
+    """One image of a dataset, known before it is decoded; in a store, one view of it.
 
     `path` is relative to the dataset's image root, with forward slashes. `height` and `width`
-    are those the annotations were made for, in pixels; 0 when nothing says.
+    are those the annotations were made for, in pixels; 0 when nothing says. `split` names a part of
+    the dataset, such as `val`, or a set within it, such as `val/DIS-VD`.
+
+    A view is another picture of the same image, such as its mirror image or a tile: `height`, `width`
+    and all objects are the view's then, and a place (x, y) of the image, counted from the upper left
+    corner of its upper left pixel, lies in the view at (a x + b y + c, d x + e y + f), for `transform`
+    (a, b, c, d, e, f). The view of that kind that is the image itself is called `identity`.
     """
 
     id: int
@@ -35,6 +43,8 @@ class ImageRecord:
     height: int = 0
     width: int = 0
     split: str = ""
+    view: str = "identity"
+    transform: tuple[float, float, float, float, float, float] = IDENTITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +68,12 @@ class Prompts:
     """P prompts as one ragged list: prompt p owns points `offsets[p]:offsets[p + 1]`.
 
     Nothing is padded: a padded point would add a token and change the mask. `labels` are 1 for
-    foreground and 0 for background. `boxes_xyxy_input[p]` counts only where `has_box[p]`.
-    A prompt with neither points nor box is the kind `none`. `image_index[p]` says which image
+    foreground and 0 for background. `boxes_xyxy_input[p]` counts only where `has_box[p]`, `masks[p]`,
+    logits at the decoder's resolution, only where `has_mask[p]`; `masks` is None where no prompt has one.
+    A prompt with neither points nor box nor mask is the kind `none`. `image_index[p]` says which image
     of the batch it asks about, `kind[p]` indexes `sam_cache.data.prompts.KINDS`.
 
-    `masks` are mask prompts: logits at the decoder's resolution, one per prompt; None where no prompt
-    has one. `chance[p]` are two numbers in [0, 1) that belong to the object and the epoch: whoever
+    `chance[p]` are two numbers in [0, 1) that belong to the object and the epoch: whoever
     needs chance later on, as for points or clicks, takes it from there, and not from a batch's place.
     """
 
@@ -74,6 +84,7 @@ class Prompts:
     offsets: Int[Tensor, "P+1"]
     boxes_xyxy_input: Float[Tensor, "P 4"]
     has_box: Bool[Tensor, "P"]
+    has_mask: Bool[Tensor, "P"]
     chance: Float[Tensor, "P 2"]
     masks: Float[Tensor, "P h w"] | None = None
 
@@ -82,12 +93,11 @@ class Prompts:
 
     @property
     def ambiguous(self) -> Bool[Tensor, "P"]:
-        """True where one point and no box is all that is said, so several masks are right answers.
+        """True where one point is all that is said, so several masks are right answers.
 
         SAM answers those with three masks, everything else with one (Kirillov et al. 2023, section 3).
         """
-        alone = (self.offsets.diff() == 1) & ~self.has_box
-        return alone if self.masks is None else torch.zeros_like(alone)
+        return (self.offsets.diff() == 1) & ~self.has_box & ~self.has_mask
 
     def to(self, device: torch.device) -> "Prompts":
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -95,13 +105,18 @@ class Prompts:
 
     @staticmethod
     def join(parts: Sequence["Prompts"]) -> "Prompts":
-        """Prompts about one image each, after one another; part i asks about image i. None has masks."""
+        """Prompts about one image each, after one another; part i asks about image i."""
         counts = [part.offsets.diff() for part in parts]
         flat = {
             name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("kind", "points_xy_input", "labels", "boxes_xyxy_input", "has_box", "chance")
+            for name in ("kind", "points_xy_input", "labels", "boxes_xyxy_input", "has_box", "has_mask", "chance")
         }
+        masks = None
+        if given := [part.masks for part in parts if part.masks is not None]:
+            none = given[0].new_zeros(1, *given[0].shape[1:])
+            masks = torch.cat([none.expand(len(part), -1, -1) if part.masks is None else part.masks for part in parts])
         return Prompts(
+            masks=masks,
             image_index=torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts])),
             offsets=torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(counts).cumsum(0)]),
             **flat,
@@ -121,6 +136,7 @@ class Prompts:
             offsets=offsets,
             boxes_xyxy_input=self.boxes_xyxy_input[index],
             has_box=self.has_box[index],
+            has_mask=self.has_mask[index],
             chance=self.chance[index],
             masks=None if self.masks is None else self.masks[index],
         )
@@ -132,7 +148,7 @@ class Prompts:
         has_point: Bool[Tensor, "P"],
         masks: Float[Tensor, "P h w"],
     ) -> "Prompts":
-        """The same prompts with one point more at the end of each of `has_point`, and with masks."""
+        """The same prompts with one point more at the end of each of `has_point`, and with masks for all."""
         counts = self.offsets.diff()
         offsets = torch.cat([counts.new_zeros(1), (counts + has_point).cumsum(0)])
         added = offsets[1:][has_point] - 1
@@ -142,7 +158,8 @@ class Prompts:
         points[kept], points[added] = self.points_xy_input, points_xy_input[has_point]
         all_labels = labels.new_empty(len(kept))
         all_labels[kept], all_labels[added] = self.labels, labels[has_point]
-        return replace(self, points_xy_input=points, labels=all_labels, offsets=offsets, masks=masks)
+        everyone = torch.ones_like(self.has_mask)
+        return replace(self, points_xy_input=points, labels=all_labels, offsets=offsets, masks=masks, has_mask=everyone)
 
 
 @dataclass(frozen=True)
@@ -167,12 +184,13 @@ class Batch:
     """I images, with P prompts and their targets.
 
     From a store the images are `levels`: a level's name to its tensor (I, C, H, W), `neck` always among
-    them. Read live they are `pixels`, padded to the right and below beyond `content_hw`, and `levels`
-    stays empty until an encoder fills it. `rows` are store rows, or numbers of a dataset's images;
-    `objects` are places in the columns of objects, one per prompt.
+    them; one that is stored as int8 comes with its scale and offset, to be undone by
+    `sam_cache.quantisation.dequantise`. Read live they are `pixels`, padded to the right and below beyond
+    `content_hw`, and `levels` stays empty until an encoder fills it. `rows` are store rows, or numbers of a
+    dataset's images; `objects` are places in the columns of objects, one per prompt.
     """
 
-    levels: dict[str, Float[Tensor, "I C H W"]]
+    levels: dict[str, Shaped[Tensor, "I _ _ _"]]
     prompts: Prompts
     targets: Targets
     rows: np.ndarray

@@ -11,14 +11,14 @@ FLOORS = {
     "stages": 4,
     "config": 3, "batches": 3,
     "store": 2, "data": 2, "model": 2, "training": 2, "evaluation": 2, "pictures": 2,
-    "types": 1, "errors": 1, "ranks": 1, "durable": 1, "__init__": 0,
+    "types": 1, "errors": 1, "ranks": 1, "durable": 1, "quantisation": 1, "__init__": 0,
 }  # fmt: skip
 ABOVE_ITS_NEIGHBOUR = {("cli", "recipe"), ("__main__", "cli")}
 KEEPERS = {
     "typer": {"cli"},
     "pydantic": {"config"},
     "zarr": {"store"}, "numcodecs": {"store"},
-    "segment_anything": {"model"},
+    "segment_anything": {"model"}, "segment_anything_hq": {"model"},
     "accelerate": {"training"},
     "faster_coco_eval": {"evaluation"},
     "matplotlib": {"pictures"},

@@ -1,11 +1,13 @@
 """Describe a store: identity, rows, objects, bytes."""
 
 import json
+import re
+from collections import Counter
 
 import numpy as np
 
 from sam_cache.config import InfoConfig
-from sam_cache.store import ABSENT, FAILED, OK, EmbeddingStore
+from sam_cache.store import ABSENT, FAILED, OK, EmbeddingStore, ImageTable
 
 
 def info(cfg: InfoConfig) -> int:
@@ -35,6 +37,7 @@ def describe(store: EmbeddingStore) -> dict:
             "failed": int((states == FAILED).sum()),
             "not yet": int((states == ABSENT).sum()),
         },
+        **count_views(store.images),
         "shards": {"all": len(store.shards()), "committed": len(store.shards()) - len(store.uncommitted())},
         "objects": {
             "sets": store.object_sets(),
@@ -45,9 +48,17 @@ def describe(store: EmbeddingStore) -> dict:
             "box centers moved inside": int(objects["bbox_center_moved"].sum()),
         },
         "bytes": {
-            name: {"on disk": size, "per row": store.spec.levels[name].nbytes}
+            name: {"on disk": size, "per row": store.spec.row_bytes[name]}
             for name, size in store.bytes_on_disk().items()
         },
         "skipped annotations": dict(enumerate(store.object_attributes().get("skipped", []), start=1)),
         "failures": {f"row {row}": message for row, message in store.failures()},
     }
+
+
+def count_views(images: ImageTable) -> dict:
+    """Rows of each kind of view: of `tile-0-1` and `tile-0-2` that is `tile`. Nothing for images alone."""
+    kinds = Counter(re.sub(r"(?<=\w)[\W_]*\d.*", "", view) for view in images.views.tolist())
+    if kinds.keys() <= {"identity"}:
+        return {}
+    return {"views": {"different images": len(np.unique(images.ids)), **kinds}}

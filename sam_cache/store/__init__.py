@@ -1,8 +1,9 @@
 """The embedding store: sharded, checksummed, crash-safe Zarr v3.
 
 zarr.json                     identity, as attributes of the group
-neck/  early/ ...             one array per level, (rows, C, H, W), a chunk per row
-images/0/  images/1/ ...      columns, per segment: the first list of images, and what was added
+neck/  early/ ...             one array per level, (rows, C, H, W), a chunk per row; beside one of int8
+                              early_scale/ and early_offset/, (rows, C, 1, 1): value = int8 * scale + offset
+images/0/  images/1/ ...      columns, per segment: the first list of views of images, and what was added
 objects/main/0/ ...           columns of an object set, likewise
 base/weights                  the weights that training starts from, as opaque bytes
 ledger/                       what is committed; see `sam_cache.store.ledger`

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numcodecs import blosc, zstd
 
+from sam_cache.quantisation import quantise
 from sam_cache.store.spec import LevelSpec
 
 # Levels beyond 3 cost much more time for about 1% of the size.
@@ -31,21 +32,40 @@ def codec_metadata(level: LevelSpec) -> list[dict]:
     return []
 
 
-def to_stored(value: np.ndarray | torch.Tensor, level: LevelSpec) -> np.ndarray:
-    """`value` (C, H, W) of any floating type in storage type, as flat uint8.
+def to_stored(value: np.ndarray | torch.Tensor, name: str, level: LevelSpec) -> dict[str, np.ndarray]:
+    """`value` (C, H, W) of any floating type as what each of the level's arrays holds of it, flat uint8.
 
     Raises ValueError, with the reason, when a value is not finite or does not fit the type.
     """
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.require(value, requirements="W"))
-    stored = as_bytes(value.detach().to("cpu", level.stored.torch_dtype).contiguous()).reshape(-1)
+    value = value.detach()
+    if level.dtype != "int8":
+        return {name: _to_float_bytes(value, level)}
+    try:
+        parts = quantise(value)
+    except ValueError:
+        raise _unfit(value, "fp32", int((~torch.isfinite(value.float())).sum())) from None
+    return {array: _to_bytes(part) for array, part in zip(level.arrays(name), parts, strict=True)}
+
+
+def _to_float_bytes(value: torch.Tensor, level: LevelSpec) -> np.ndarray:
+    stored = _to_bytes(value.to("cpu", level.stored.torch_dtype))
     bits = stored.view(f"<u{level.stored.itemsize}")
     magnitude = bits & ((1 << 8 * level.stored.itemsize - 1) - 1)
     # On the CPU this is some thirty times faster than torch.isfinite, which is slow in half precision.
     if magnitude.max() >= level.stored.infinity:
-        unfit = f"exceeds {level.dtype}" if torch.isfinite(value).all() else "not finite"
-        raise ValueError(f"{unfit}: {(magnitude >= level.stored.infinity).sum()} of {bits.size} values")
+        raise _unfit(value, level.dtype, int((magnitude >= level.stored.infinity).sum()))
     return stored
+
+
+def _unfit(value: torch.Tensor, dtype: str, count: int) -> ValueError:
+    reason = f"exceeds {dtype}" if torch.isfinite(value).all() else "not finite"
+    return ValueError(f"{reason}: {count} of {value.numel()} values")
+
+
+def _to_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return as_bytes(tensor.cpu().contiguous()).reshape(-1)
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -37,8 +37,8 @@ Prepare = Callable[[Sequence[ImageRecord]], Table]
 class EmbeddingStore:
     """Embeddings of a list of images, with their objects and the weights to train from them.
 
-    Made by `create_or_resume`, read by `open`. One row is one image; rows stand in dataset
-    order, `shard_rows` to a shard.
+    Made by `create_or_resume`, read by `open`. One row is one view of one image; rows stand in the
+    order of the records, `shard_rows` to a shard.
     """
 
     def __init__(self, path: Path):
@@ -53,7 +53,7 @@ class EmbeddingStore:
         self.recorded: dict = metadata["recorded"]
         self.images = self._read_images()
         self._shards = self._ledger.list_shards(self.spec.shard_rows)
-        self._index = RowIndex(self.spec.levels, len(self._shards), self.spec.shard_rows)
+        self._index = RowIndex(self.spec.arrays, len(self._shards), self.spec.shard_rows)
         self._index.states[self.images.rows] = ABSENT
         self._compact_file = _signature(path / "ledger" / COMPACT)
         for record in self._ledger.shards.values():
@@ -146,8 +146,12 @@ class EmbeddingStore:
         return sorted(self._index.failures.items())
 
     def bytes_on_disk(self) -> dict[str, int]:
-        """Bytes of the committed shard files of each level."""
-        return {name: int(sizes.sum()) for name, sizes in self._index.file_sizes.items()}
+        """Bytes of the committed shard files of each level, with those of its scale and offset."""
+        sizes = self._index.file_sizes
+        return {
+            name: sum(int(sizes[array].sum()) for array in level.arrays(name))
+            for name, level in self.spec.levels.items()
+        }
 
     def shards(self) -> list[Shard]:
         return self._shards

@@ -38,8 +38,8 @@ class Extent(NamedTuple):
         return -(-(self.offset + self.length) // PAGE) * PAGE
 
 
-def shard_path(level: str, index: int) -> str:
-    return f"{level}/c/{index}/0/0/0"
+def shard_path(array: str, index: int) -> str:
+    return f"{array}/c/{index}/0/0/0"
 
 
 def index_size(shard_rows: int) -> int:
@@ -66,11 +66,12 @@ def group_metadata(attributes: dict) -> bytes:
 
 
 def level_metadata(level: LevelSpec, rows: int, shard_rows: int) -> bytes:
-    """`zarr.json` of a level of shape (rows, C, H, W): a pure function, so it can be checked."""
+    """`zarr.json` of an array of shape (rows, C, H, W): a pure function, so it can be checked."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
+    plain = little if level.stored.itemsize > 1 else {"name": "bytes"}
     sharding = {
         "chunk_shape": [1, *level.shape],
-        "codecs": [little, *codec_metadata(level), {"name": "crc32c"}],
+        "codecs": [plain, *codec_metadata(level), {"name": "crc32c"}],
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }

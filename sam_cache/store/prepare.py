@@ -73,8 +73,8 @@ def grow(
     durable.fsync_tree(draft)
     durable.rename(draft / f"images/{segment}", root / f"images/{segment}")
     _move_part(draft, root, MAIN, record["objects"][MAIN])
-    for level in spec.levels:
-        durable.replace(root / level / "zarr.json", (draft / level / "zarr.json").read_bytes())
+    for array in spec.arrays:
+        durable.replace(root / array / "zarr.json", (draft / array / "zarr.json").read_bytes())
     durable.place(root / "ledger" / record_name("prepare", segment), seal(record))
     durable.remove_folder(draft)
 
@@ -112,8 +112,8 @@ def remove_leftovers(root: Path, ledger: Ledger) -> None:
 
 
 def image_columns(records: Sequence[ImageRecord], first_row: int) -> Table:
-    """One table row per image and view; the only view so far is the image itself."""
-    identity = np.array([[1, 0, 0], [0, 1, 0]], np.float64)  # view xy = identity @ (image xy, 1)
+    """One table row per record: a view of an image, with view xy = view_transform @ (image xy, 1)."""
+    transforms = np.array([record.transform for record in records], np.float64)
     return {
         "id": np.array([record.id for record in records], np.int64),
         "path": Ragged.from_list([record.path.encode() for record in records]),
@@ -121,8 +121,8 @@ def image_columns(records: Sequence[ImageRecord], first_row: int) -> Table:
         "width": np.array([record.width for record in records], np.int32),
         "split": Ragged.from_list([record.split.encode() for record in records]),
         "row": np.arange(first_row, first_row + len(records), dtype=np.int64),
-        "view": Ragged.from_list([b"identity"] * len(records)),
-        "view_transform": np.tile(identity, (len(records), 1, 1)),
+        "view": Ragged.from_list([record.view.encode() for record in records]),
+        "view_transform": transforms.reshape(len(records), 2, 3),
     }
 
 
@@ -142,8 +142,8 @@ def _write_segment(
         objects = {**objects, "row": objects["row"] + first_row}
     part = str(segment)
     _write_part(root, MAIN, part, objects, attributes)
-    for name, level in spec.levels.items():
-        _write(root / name / "zarr.json", layout.level_metadata(level, rows, spec.shard_rows))
+    for name, array in spec.arrays.items():
+        _write(root / name / "zarr.json", layout.level_metadata(array, rows, spec.shard_rows))
     return {
         "key": segment,
         "first_row": first_row,

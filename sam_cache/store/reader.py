@@ -29,11 +29,12 @@ class RowReader:
     def __init__(self, root: Path, spec: StoreSpec, index: RowIndex, levels: Sequence[str]):
         unknown = [name for name in levels if name not in spec.levels]
         if unknown:
+            remedy = ",".join(dict.fromkeys([*spec.levels, *unknown]))
             raise StoreError(
                 f"{root}: it has no level {', '.join(unknown)}, only {', '.join(spec.levels)}; "
-                "embed into another --store with the levels you need"
+                f"embed into another --store with the levels you need: --levels {remedy}"
             )
-        self.levels = {name: spec.levels[name] for name in levels}
+        self._arrays = {array: each for name in levels for array, each in spec.levels[name].arrays(name).items()}
         self._root = root
         self._shard_rows = spec.shard_rows
         self._index = index
@@ -42,14 +43,18 @@ class RowReader:
         self._scratch = threading.local()
 
     def empty(self, rows: int, pin: bool = False) -> dict[str, torch.Tensor]:
-        """Tensors (rows, C, H, W) in storage type, to read into again and again."""
+        """Tensors (rows, C, H, W) in storage type, to read into again and again.
+
+        An int8 level NAME comes with NAME_scale and NAME_offset, fp32 (rows, C, 1, 1), for
+        `sam_cache.quantisation.dequantise`: a quarter of the bytes of fp32 is what should travel to a device.
+        """
         return {
-            name: torch.empty((rows, *level.shape), dtype=level.stored.torch_dtype, pin_memory=pin)
-            for name, level in self.levels.items()
+            name: torch.empty((rows, *array.shape), dtype=array.stored.torch_dtype, pin_memory=pin)
+            for name, array in self._arrays.items()
         }
 
     def read(self, rows: Sequence[int], out: dict[str, torch.Tensor]) -> None:
-        """Fill `out[level][j]` with row `rows[j]`, for contiguous CPU tensors like `empty` makes.
+        """Fill `out[name][j]` with row `rows[j]`, for contiguous CPU tensors like `empty` makes.
 
         Raises StoreError for a row that is not committed, failed, or a hole, and DamageError for
         one whose bytes are not what was committed. `out` is then of no use.
@@ -60,15 +65,15 @@ class RowReader:
                     f"{self._root}: row {row} cannot be read: {self._index.describe(row)}; "
                     "ask only for rows whose state is ok"
                 )
-        for name, level in self.levels.items():
-            values = as_bytes(out[name].view(-1)).reshape(len(out[name]), level.nbytes)
+        for name, array in self._arrays.items():
+            values = as_bytes(out[name].view(-1)).reshape(len(out[name]), array.nbytes)
             for row, target in zip(rows, values, strict=False):
                 self._read_row(name, int(row), target)
 
     def _read_row(self, name: str, row: int, target: np.ndarray) -> None:
         offset, length, checksum = self._index.extents[name][row].tolist()
-        level = self.levels[name]
-        encoded = target if level.codec == "raw" else self._scratch_bytes(length - CHECKSUM_BYTES)
+        array = self._arrays[name]
+        encoded = target if array.codec == "raw" else self._scratch_bytes(length - CHECKSUM_BYTES)
         stored = bytearray(CHECKSUM_BYTES)
         try:
             whole = self._open(name, row // self._shard_rows).fill((encoded, stored), offset)
@@ -79,7 +84,7 @@ class RowReader:
         if not google_crc32c.value(encoded) == checksum == int.from_bytes(stored, "little"):
             raise self._damage(name, row, "is damaged: its bytes do not match their checksum")
         if encoded is not target:
-            decode(encoded, level, target)
+            decode(encoded, array, target)
 
     def _damage(self, name: str, row: int, what: str) -> DamageError:
         return DamageError(

@@ -13,16 +13,16 @@ STATES = ("not committed yet", "ok", "failed", "a hole: no image has this row")
 class RowIndex:
     """States, content hashes and extents of all rows, shard after shard.
 
-    `extents[level]` is (rows, 3) int64: offset, length with its checksum, crc32c.
+    `extents[array]` is (rows, 3) int64: offset, length with its checksum, crc32c.
     """
 
-    def __init__(self, levels: Iterable[str], shards: int, shard_rows: int):
+    def __init__(self, arrays: Iterable[str], shards: int, shard_rows: int):
         rows = shards * shard_rows
         self.shard_rows = shard_rows
         self.states = np.full(rows, HOLE, np.uint8)
         self.contents = np.zeros(rows, "S64")
-        self.extents = {level: np.full((rows, 3), -1, np.int64) for level in levels}
-        self.file_sizes = {level: np.zeros(shards, np.int64) for level in self.extents}
+        self.extents = {array: np.full((rows, 3), -1, np.int64) for array in arrays}
+        self.file_sizes = {array: np.zeros(shards, np.int64) for array in self.extents}
         self.failures: dict[int, str] = {}
         self.committed: set[int] = set()
 
@@ -36,10 +36,10 @@ class RowIndex:
         self.states[rows] = record["states"]
         self.contents[rows] = [content.encode() for content in record["contents"]]
         self.failures |= {first + int(row): message for row, message in record["failures"].items()}
-        for level, entry in record["levels"].items():
+        for array, entry in record["levels"].items():
             file = ShardFile.from_json(entry)
-            self.extents[level][rows] = [extent or (-1, -1, -1) for extent in file.extents]
-            self.file_sizes[level][shard] = file.size
+            self.extents[array][rows] = [extent or (-1, -1, -1) for extent in file.extents]
+            self.file_sizes[array][shard] = file.size
         self.committed.add(shard)
 
     def describe(self, row: int) -> str:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from sam_cache.quantisation import COMPANIONS
+
 FORMAT = 1
 CODECS = ("raw", "zstd", "blosc")
 
@@ -14,7 +16,8 @@ class StoredType(NamedTuple):
     """How values of a level lie on disk. `zarr_name` and `fill_value` are Zarr v3 metadata.
 
     bf16 is stored as the uint16 of its bits, since no two Zarr libraries agree on that type.
-    The fill value is NaN (for bf16 its bit pattern), so a hole never reads as plausible zeros.
+    The fill value is NaN (for bf16 its bit pattern), so a hole never reads as plausible zeros; for int8
+    it is the one number that no row holds, and the NaN of its companions makes the product NaN.
     `infinity` are the bits of +inf: those of every finite value, without the sign, are less.
     """
 
@@ -22,13 +25,14 @@ class StoredType(NamedTuple):
     fill_value: str | int
     torch_dtype: torch.dtype
     itemsize: int
-    infinity: int
+    infinity: int | None
 
 
 STORED_TYPES = {
     "fp16": StoredType("float16", "NaN", torch.float16, 2, 0x7C00),
     "fp32": StoredType("float32", "NaN", torch.float32, 4, 0x7F800000),
     "bf16": StoredType("uint16", 0x7FC0, torch.bfloat16, 2, 0x7F80),
+    "int8": StoredType("int8", -128, torch.int8, 1, None),
 }
 
 
@@ -37,7 +41,8 @@ class LevelSpec:
     """One cached tensor of the encoder: (channels, height, width) per row.
 
     `dtype` is a key of `STORED_TYPES`, `codec` one of `CODECS`. A crc32c follows every row
-    whatever the codec.
+    whatever the codec. An int8 level is three arrays, see `sam_cache.quantisation`; its companions
+    are fp32 and raw, whatever the level's codec.
     """
 
     channels: int
@@ -62,15 +67,22 @@ class LevelSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one decoded row."""
+        """Bytes of one decoded row, without the companions of int8: those are in `StoreSpec.row_bytes`."""
         return prod(self.shape) * self.stored.itemsize
+
+    def arrays(self, name: str) -> "dict[str, LevelSpec]":
+        """The Zarr arrays that hold a level called `name`: itself and, for int8, its companions."""
+        names = [f"{name}_{companion}" for companion in COMPANIONS] if self.dtype == "int8" else []
+        return {name: self, **{each: LevelSpec(self.channels, 1, 1, "fp32") for each in names}}
 
 
 @dataclass(frozen=True)
 class StoreSpec:
     """A store's identity: two runs may share a store only if all of this is equal.
 
-    `preprocessing` is flat: whatever decides how an image becomes the encoder's input.
+    `preprocessing` is flat: whatever decides how an image becomes the encoder's input. `views` says which
+    views of every image have a row, in the words of whoever asked for them. Raises ValueError for a level
+    that is called like the scale or offset of another.
     """
 
     encoder: str
@@ -79,7 +91,23 @@ class StoreSpec:
     compute_dtype: str
     preprocessing: dict[str, str | int | float]
     shard_rows: int = 64
+    views: str = "identity"  # stores that were made before there were others do not say
     format: int = FORMAT
+
+    def __post_init__(self):
+        for name, level in self.levels.items():
+            if taken := [array for array in level.arrays(name) if array != name and array in self.levels]:
+                raise ValueError(f"level {taken[0]}: this is how int8 level {name} calls its own array; rename it")
+
+    @property
+    def arrays(self) -> dict[str, LevelSpec]:
+        """Every array on disk that holds levels: one per level, three where it is int8."""
+        return {array: spec for name, level in self.levels.items() for array, spec in level.arrays(name).items()}
+
+    @property
+    def row_bytes(self) -> dict[str, int]:
+        """Bytes of one decoded row of each level, with its companions."""
+        return {name: sum(array.nbytes for array in level.arrays(name).values()) for name, level in self.levels.items()}
 
     def to_json(self) -> dict:
         return asdict(self)

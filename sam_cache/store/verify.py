@@ -109,14 +109,14 @@ def _check_files(root: Path, ledger: Ledger, spec: StoreSpec | None, report: Ver
 
 
 def _interrupted_growth(root: Path, ledger: Ledger, spec: StoreSpec, name: str) -> bool:
-    """Whether `name` is a level's metadata, right but ahead of the ledger by one segment."""
-    level = name.removesuffix("/zarr.json")
-    if level not in spec.levels or not (root / "images" / str(len(ledger.prepares))).exists():
+    """Whether `name` is an array's metadata, right but ahead of the ledger by one segment."""
+    array = name.removesuffix("/zarr.json")
+    if array not in spec.arrays or not (root / "images" / str(len(ledger.prepares))).exists():
         return False
     try:
         text = (root / name).read_bytes()
         rows = json.loads(text)["shape"][0]
-        return rows > ledger.rows and text == level_metadata(spec.levels[level], rows, spec.shard_rows)
+        return rows > ledger.rows and text == level_metadata(spec.arrays[array], rows, spec.shard_rows)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False
 

@@ -1,7 +1,7 @@
 """Writing one shard: rows stream into partial files, which are placed, then recorded.
 
-    ledger/partial/shard-000000.neck       the shard's file of level `neck`, in the making
-    ledger/partial/shard-000000.journal    one line per row that stands in every level's file; also the lock
+    ledger/partial/shard-000000.neck       the shard's file of array `neck`, in the making
+    ledger/partial/shard-000000.journal    one line per row that stands in every array's file; also the lock
 
 An interrupted shard keeps both, and the next writer goes on after the last whole row.
 """
@@ -49,7 +49,7 @@ def locked_journal(root: Path, shard: int) -> Iterator[int]:
 
 def discard_partial(root: Path, spec: StoreSpec, shard: int) -> None:
     """Remove what a committed shard no longer needs, the lock last."""
-    for suffix in (*spec.levels, "journal"):
+    for suffix in (*spec.arrays, "journal"):
         partial_path(root, shard, suffix).unlink(missing_ok=True)
 
 
@@ -57,7 +57,7 @@ class ShardWriter:
     """Takes the rows of one shard, in any order, each once: by `append` or by `fail`.
 
     `kept` are the rows that an interrupted run has left whole: they need not be computed again.
-    Where a level's file of this shard stands already (the last run died just before its
+    Where an array's file of this shard stands already (the last run died just before its
     record), that file is what counts: it is verified, and never replaced.
     """
 
@@ -76,6 +76,7 @@ class ShardWriter:
     def append(self, row: int, values: dict[str, np.ndarray | torch.Tensor], content: str) -> bool:
         """Store one row: every level's (C, H, W) values, of any floating type, on any device.
 
+        int8 levels are quantised here, on the device of their values.
         `content` is the sha256, in hex, of the image file's bytes. A row that is not finite, or
         that the storage type cannot hold, becomes a failed row: returns False, else True.
         """
@@ -85,10 +86,11 @@ class ShardWriter:
             if tuple(values[name].shape) != level.shape:
                 raise ValueError(f"level {name} of row {row} is {tuple(values[name].shape)}, not {level.shape}")
             try:
-                encoded[name] = encode(to_stored(values[name], level), level)
+                stored = to_stored(values[name], name, level)
             except ValueError as reason:
                 self.fail(row, f"{reason} of level {name}")
                 return False
+            encoded |= {array: encode(stored[array], spec) for array, spec in level.arrays(name).items()}
         extents = {
             name: file.append(position, encoded[name])
             for name, file in self._files.items()
@@ -132,11 +134,11 @@ class ShardWriter:
     def _open_files(self) -> dict[str, PartialFile | ShardFile]:
         placed = {
             name: self._examine(name)
-            for name in self._spec.levels
+            for name in self._spec.arrays
             if (self._root / shard_path(name, self._shard.index)).exists()
         }
         files = {}
-        for name in self._spec.levels:
+        for name in self._spec.arrays:
             partial = partial_path(self._root, self._shard.index, name)
             if name in placed:
                 # The partial may be another name of the very same file: never write to it again.
@@ -152,7 +154,7 @@ class ShardWriter:
             raise damage(self._root, f"{path} was never committed and is damaged: {reason}") from None
 
     def _resume(self) -> None:
-        """Keep the leading journal lines whose rows are whole in every level's file."""
+        """Keep the leading journal lines whose rows are whole in every array's file."""
         whole = 0
         with open(self._journal, "rb", closefd=False) as journal:
             for line in journal:

@@ -17,10 +17,13 @@ from sam_cache.types import ImageRecord
 SHARD_ROWS = 4
 
 
-def make_spec(dtype: str = "fp16", codec: str = "raw", two_levels: bool = False, **changes) -> StoreSpec:
+def make_spec(
+    dtype: str = "fp16", codec: str = "raw", two_levels: bool = False, early_dtype: str = "", **changes
+) -> StoreSpec:
+    """Level `early` is there with `two_levels`, or with an `early_dtype` of its own."""
     levels = {"neck": LevelSpec(4, 8, 8, dtype, codec)}
-    if two_levels:
-        levels["early"] = LevelSpec(6, 8, 8, dtype, codec)
+    if two_levels or early_dtype:
+        levels["early"] = LevelSpec(6, 8, 8, early_dtype or dtype, codec)
     fields = {
         "encoder": "nano",
         "encoder_sha256": "ab" * 32,

@@ -20,7 +20,7 @@ IMAGES = 14
 
 
 def write_all(path: Path, pause: float, opened: int) -> None:
-    store = kit.open_for(path, kit.make_spec(two_levels=True), IMAGES)
+    store = kit.open_for(path, kit.make_spec(early_dtype="int8"), IMAGES)
     os.write(opened, b".")
     while shards := store.uncommitted():
         for shard in shards:
@@ -66,8 +66,8 @@ def kill(path: Path) -> None:
         kills += 1
         assert kills < 400, "no progress"
         for record in (path / "ledger").glob("shard-*.json"):
-            for level in ("neck", "early"):
-                placed = path / shard_path(level, int(record.stem[6:]))
+            for array in kit.make_spec(early_dtype="int8").arrays:
+                placed = path / shard_path(array, int(record.stem[6:]))
                 recorded.setdefault(placed, stamp(placed))
         assert recorded == {placed: stamp(placed) for placed in recorded}, "a committed shard was written again"
     assert kills > 5

@@ -18,7 +18,7 @@ IMAGES = 4
 
 @pytest.fixture(scope="module")
 def spec(kit):
-    return kit.spec(codec="zstd", two_levels=True)
+    return kit.spec(codec="zstd", early_dtype="int8")
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +94,12 @@ def interrupt(path: Path, kit, rows: int) -> EmbeddingStore:
     return store
 
 
+@pytest.mark.parametrize("array", ["early", "early_scale"])
 @pytest.mark.parametrize("harm", ["none", "flip", "zero", "cut", "torn journal", "no journal", "no partial", "extra"])
-def test_only_whole_rows_are_kept(prepared, uninterrupted, tmp_path, kit, harm):
+def test_only_whole_rows_are_kept(prepared, uninterrupted, tmp_path, kit, harm, array):
     path = shutil.copytree(prepared, tmp_path / "s")
     store = interrupt(path, kit, 3)
-    partial, journal = path / "ledger/partial/shard-000000.early", path / "ledger/partial/shard-000000.journal"
+    partial, journal = path / f"ledger/partial/shard-000000.{array}", path / "ledger/partial/shard-000000.journal"
     data, kept = bytearray(partial.read_bytes()), {0, 1, 2}
     match harm:
         case "flip":
@@ -162,7 +163,7 @@ def test_a_second_writer_is_told_that_the_shard_is_busy(prepared, uninterrupted,
 
 
 def test_names_follow_bytes_and_the_record_comes_last(prepared, tmp_path, kit, monkeypatch):
-    """fsync(file) < link < fsync(its folder), for every level, and all of that before the record's."""
+    """fsync(file) < link < fsync(its folder), for every array, and all of that before the record's."""
     path = shutil.copytree(prepared, tmp_path / "s")
     store = EmbeddingStore.open(path)
     log = []
@@ -177,22 +178,22 @@ def test_names_follow_bytes_and_the_record_comes_last(prepared, tmp_path, kit, m
     with store.writing(shard) as writer:
         for row in shard.rows:
             writer.append(row, kit.values(row, store.spec), kit.content(row))
+    placed = [
+        (call, text.format(array))
+        for array in ("neck", "early", "early_scale", "early_offset")
+        for call, text in [
+            ("fsync", "ledger/partial/shard-000000.{}"),
+            ("fsync", "{}"),
+            ("fsync", "{}/c"),
+            ("fsync", "{}/c/0"),
+            ("fsync", "{}/c/0/0"),
+            ("link", "{}/c/0/0/0/0"),
+            ("fsync", "{}/c/0/0/0"),
+        ]
+    ]
     assert log == [
         ("fsync", "ledger"),
-        ("fsync", "ledger/partial/shard-000000.neck"),
-        ("fsync", "neck"),
-        ("fsync", "neck/c"),
-        ("fsync", "neck/c/0"),
-        ("fsync", "neck/c/0/0"),
-        ("link", "neck/c/0/0/0/0"),
-        ("fsync", "neck/c/0/0/0"),
-        ("fsync", "ledger/partial/shard-000000.early"),
-        ("fsync", "early"),
-        ("fsync", "early/c"),
-        ("fsync", "early/c/0"),
-        ("fsync", "early/c/0/0"),
-        ("link", "early/c/0/0/0/0"),
-        ("fsync", "early/c/0/0/0"),
+        *placed,
         ("fsync", "ledger/.draft"),
         ("link", "ledger/shard-000000.json"),
         ("fsync", "ledger"),
@@ -235,7 +236,7 @@ def test_killed_at_random_times_the_store_ends_up_the_same(torn, tmp_path, kit):
     assert verify(killed).ok
     calm = kit.fill(kit.open(tmp_path / "calm", killed.spec, 14))
     shards = [path.relative_to(calm.path) for path in calm.path.glob(shard_path("*", "*"))]
-    assert len(shards) == 8
+    assert len(shards) == 16
     assert [(killed.path / shard).read_bytes() for shard in shards] == [
         (calm.path / shard).read_bytes() for shard in shards
     ]

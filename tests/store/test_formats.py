@@ -1,5 +1,6 @@
 """What we write, every Zarr reader reads; what zarr-python writes, we read."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import tensorstore
 import torch
 import zarr
 
-from sam_cache.store import ABSENT, FAILED, HOLE, OK, EmbeddingStore, verify
+from sam_cache.store import ABSENT, FAILED, HOLE, OK, EmbeddingStore, LevelSpec, verify
 from sam_cache.store.layout import level_metadata, shard_path
 from sam_cache.store.ledger import seal
 from sam_cache.store.shard_file import examine
@@ -114,6 +115,13 @@ def test_identity_and_metadata_are_in_plain_sight(tmp_path, kit):
     assert (store.path / "neck/zarr.json").read_bytes() == level_metadata(spec.levels["neck"], 5, 4)
     assert store.recorded == {"torch": "x"}
     assert store.row_states.tolist() == [ABSENT] * 5
+
+
+def test_the_metadata_of_older_stores_has_not_changed_by_a_byte():
+    """Verify compares it with what was committed. The digest was taken before there was int8."""
+    texts = [level_metadata(LevelSpec(4, 8, 8, dtype, codec), 10, 4) for dtype, codec in KINDS]
+    digest = hashlib.sha256(b"".join(texts)).hexdigest()
+    assert digest == "6cec78e5baa0397410973881bb54dcf99e0c58961e3c6a63145063963caadaf2"
 
 
 def test_a_moved_store_is_the_same_store(tmp_path, kit):

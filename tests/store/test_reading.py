@@ -78,7 +78,7 @@ def test_rows_that_are_not_ok_are_refused_with_the_reason(tmp_path, kit):
     ]:
         with pytest.raises(StoreError, match=reason):
             reader.read(np.array([0, row]), reader.empty(2))
-    with pytest.raises(StoreError, match="no level early, only neck"):
+    with pytest.raises(StoreError, match="no level early, only neck; embed into another .* --levels neck,early$"):
         store.reader(("neck", "early"))
 
 

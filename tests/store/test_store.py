@@ -129,6 +129,7 @@ CHANGES = {
     "levels.neck.dtype": {"levels": {"neck": LevelSpec(4, 8, 8, "bf16")}},
     "levels.early.channels": {"levels": {"neck": LevelSpec(4, 8, 8, "fp16"), "early": LevelSpec(3, 8, 8, "fp16")}},
     "shard_rows": {"shard_rows": 8},
+    "views": {"views": "identity,mirror"},
 }
 
 
@@ -156,7 +157,8 @@ def test_a_refusal_names_everything_at_once_with_both_values(tmp_path, kit):
     for part in (
         "encoder: 'nano' != 'vit_b'",
         "compute_dtype: 'fp32' != 'bf16'",
-        "images[2] (id, path, height, width): (102, 'folder/ö 2.jpg', 32, 40) != (102, 'folder/ö 2.jpg', 32, 41)",
+        "images[2] (id, path, height, width, view): (102, 'folder/ö 2.jpg', 32, 40, 'identity') != "
+        "(102, 'folder/ö 2.jpg', 32, 41, 'identity')",
         " and 1 more",
     ):
         assert part in text
@@ -189,7 +191,7 @@ def test_a_spec_survives_json_and_rejects_unknown_names(kit):
     spec = kit.spec("bf16", "zstd", two_levels=True)
     assert StoreSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     assert spec.differences(spec) == []
-    with pytest.raises(ValueError, match="choose one of fp16, fp32, bf16"):
+    with pytest.raises(ValueError, match="choose one of fp16, fp32, bf16, int8"):
         LevelSpec(1, 1, 1, "float16")
     with pytest.raises(ValueError, match="choose one of raw, zstd, blosc"):
         LevelSpec(1, 1, 1, "fp16", "gzip")

@@ -40,6 +40,7 @@ def draw_prompts(images: int, each: int, side: int) -> Prompts:
         offsets=torch.arange(total + 1),
         boxes_xyxy_input=torch.zeros(total, 4),
         has_box=torch.zeros(total, dtype=torch.bool),
+        has_mask=torch.zeros(total, dtype=torch.bool),
         chance=torch.zeros(total, 2),
     )
 

@@ -80,6 +80,9 @@ def annotate_image(
 ) -> Annotation:  # fmt: skip
     """Draw a prompt for each of the objects in `columns`, `objects` being what to call them."""
     crops = [crop_rle(columns["rle"][place], geometry.height, geometry.width) for place in range(len(objects))]
+    masks = np.zeros((len(objects), resolution, resolution), np.float32)
+    for place, crop in enumerate(crops):
+        masks[place] = coverage(crop, geometry, resolution)
     prompts = sample_prompts(
         sampling.mixture,
         {name: columns[name] for name in PROMPT_COLUMNS},
@@ -87,13 +90,11 @@ def annotate_image(
         [image_id],
         [geometry],
         crops.__getitem__,
+        masks.__getitem__,
         seed=sampling.seed,
         epoch=visit.key,
         training=sampling.training,
     )
-    masks = np.zeros((len(objects), resolution, resolution), np.float32)
-    for place, crop in enumerate(crops):
-        masks[place] = coverage(crop, geometry, resolution)
     targets = Targets(
         masks=torch.from_numpy(masks),
         valid=torch.from_numpy(valid_coverage(geometry, resolution)[None]),

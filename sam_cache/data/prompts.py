@@ -17,11 +17,12 @@ from numpy.random import Generator, Philox
 
 from sam_cache.data.crops import MaskCrop
 from sam_cache.data.geometry import Geometry
+from sam_cache.data.noise_masks import degrade_mask
 from sam_cache.errors import UsageError
 from sam_cache.types import Prompts
 
 # The order is fixed: `Prompts.kind` indexes it.
-KINDS = ("centroid", "bbox-center", "interior", "point", "box", "none")
+KINDS = ("centroid", "bbox-center", "interior", "point", "box", "none", "noise-mask")
 
 POINT_COLUMNS = {
     "centroid": "centroid_xy_image",
@@ -113,6 +114,7 @@ def sample_prompts(
     image_ids: Sequence[int],
     geometries: Sequence[Geometry],
     crop_of: Callable[[int], MaskCrop],
+    coverage_of: Callable[[int], np.ndarray],
     *,
     seed: int,
     epoch: int = 0,
@@ -123,11 +125,14 @@ def sample_prompts(
     `objects` holds P rows of the columns `id`, `box_xywh_image`, and `centroid_xy_image`,
     `bbox_center_xy_image` and `interior_xy_image` as `deterministic_points` makes them.
     `image_index[p]` names object p's image in `image_ids` and `geometries`. `crop_of(p)` gives its
-    mask and is called for the kind `point` only. `training` turns the noise of boxes on.
+    mask and is called for the kind `point` only; `coverage_of(p)`, its coverage (h, w) of the decoder's
+    cells, for the kind `noise-mask` only. `training` turns the noise of boxes on.
 
     Foreground points are drawn uniformly from the mask without repetition; an object of fewer pixels
     gets as many points as it has pixels. Background points come from outside the mask but near its
     box, or from the whole image where there are too few of those; a mask that fills the image has none.
+    An object so small that nothing is left of its `noise-mask` is asked for by its box instead, and its
+    `kind` says so.
     """
     count = len(image_index)
     kinds = np.zeros(count, np.int64)
@@ -135,25 +140,33 @@ def sample_prompts(
     has_box = np.zeros(count, bool)
     points, labels = [np.zeros((0, 2))], [np.zeros(0, np.int64)]
     counts = np.zeros(count + 1, np.int64)
+    masks: dict[int, np.ndarray] = {}
     chance = np.zeros((count, 2), np.float32)
     for p, image in enumerate(image_index):
         geometry = geometries[image]
         random = keyed_generator(seed, epoch, image_ids[image], objects["id"][p])
         choice = mixture.choose(random.random())
-        kinds[p] = KINDS.index(choice.kind)
-        if choice.kind == "box":
+        kind = choice.kind
+        if kind == "noise-mask":
+            degraded = degrade_mask(coverage_of(p), random)
+            if degraded is None:
+                kind = "box"
+            else:
+                masks[p] = degraded
+        kinds[p] = KINDS.index(kind)
+        if kind == "box":
             x, y, w, h = objects["box_xywh_image"][p]
             boxes[p] = geometry.boxes_to_input(np.array([x, y, x + w, y + h]))
             if training:
                 boxes[p] = jitter_box(boxes[p], geometry, random)
             has_box[p] = True
-        elif choice.kind == "point":
+        elif kind == "point":
             inside, outside = sample_points(crop_of(p), geometry, choice.foreground, choice.background, random)
             points += [geometry.points_to_input(inside), geometry.points_to_input(outside)]
             labels += [np.ones(len(inside), np.int64), np.zeros(len(outside), np.int64)]
             counts[p + 1] = len(inside) + len(outside)
-        elif choice.kind in POINT_COLUMNS:
-            points.append(geometry.points_to_input(objects[POINT_COLUMNS[choice.kind]][p])[None])
+        elif kind in POINT_COLUMNS:
+            points.append(geometry.points_to_input(objects[POINT_COLUMNS[kind]][p])[None])
             labels.append(np.ones(1, np.int64))
             counts[p + 1] = 1
         chance[p] = random.random(2, np.float32)  # last, so that the prompt does not depend on it
@@ -165,8 +178,20 @@ def sample_prompts(
         offsets=torch.from_numpy(counts.cumsum()),
         boxes_xyxy_input=torch.from_numpy(boxes).float(),
         has_box=torch.from_numpy(has_box),
+        has_mask=torch.tensor([p in masks for p in range(count)], dtype=torch.bool),
         chance=torch.from_numpy(chance),
+        masks=_stack(masks, count),
     )
+
+
+def _stack(masks: Mapping[int, np.ndarray], count: int) -> torch.Tensor | None:
+    """The masks of some of `count` prompts as one tensor, zeros for the others; None where none has one."""
+    if not masks:
+        return None
+    stacked = np.zeros((count, *next(iter(masks.values())).shape), np.float32)
+    for p, mask in masks.items():
+        stacked[p] = mask
+    return torch.from_numpy(stacked)
 
 
 def keyed_generator(seed: int, epoch: int, image_id: int, object_id: int) -> Generator:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from sam_cache.errors import UsageError
 from sam_cache.model import Masks
-from sam_cache.training import LossWeights, part_names, sam_loss
+from sam_cache.training import POINTS, LossWeights, part_names, sam_loss
 from sam_cache.types import Batch, Prompts, Targets
 
 GOLDEN = 0.6180339887498949  # steps of it fill [0, 1) evenly: each round's click gets a chance of its own
@@ -31,12 +32,20 @@ class SamObjective:
     After the first round come `corrections` more, as SAM was trained (Kirillov et al. 2023, appendix A):
     each gives the mask of the highest predicted IoU back as a mask prompt, with one click more in its
     error region. The last of several rounds brings no click, and of more than three another one, drawn
-    by chance. A step's loss is the mean over rounds.
+    by chance. A step's loss is the mean over rounds. `points` are those of a loss that reads points, its
+    own number where None. Raises UsageError when they are given to another loss.
     """
 
     weights: LossWeights
     kind: str = "focal-dice"
     corrections: int = 0
+    points: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.points is not None and self.kind not in POINTS:
+            raise UsageError(
+                f"--loss-points {self.points}: {self.kind} reads whole masks; use --loss {' or '.join(POINTS)} with it"
+            )
 
     def __call__(self, network: nn.Module, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """One dictionary a round, to be back-propagated before the next is asked for: `loss`, its parts, `iou`."""
@@ -65,6 +74,7 @@ class SamObjective:
             self.weights,
             self.kind,
             part.prompts.chance,
+            self.points,
         )
         names = ("loss", *part_names(self.kind), "iou")
         for name, value in zip(names, (losses.total, losses.mask, losses.overlap, losses.iou), strict=True):

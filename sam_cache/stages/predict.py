@@ -208,6 +208,7 @@ def make_batch(photo: Photo) -> Batch:
         offsets=torch.zeros(count + 1, dtype=torch.long),
         boxes_xyxy_input=torch.from_numpy(boxes_input).float(),
         has_box=torch.full((count,), prompted),
+        has_mask=torch.zeros(count, dtype=torch.bool),
         chance=torch.zeros(count, 2),
     )
     # There is nothing to compare with, but a batch has targets.

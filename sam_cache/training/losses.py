@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sam_cache.errors import UsageError
 from sam_cache.training.mask_losses import (
+    POINTS,
     at_least_fp32,
     balanced_bce_loss,
     bce_loss,
@@ -22,6 +23,7 @@ from sam_cache.training.mask_losses import (
     point_set,
     read_at_points,
     soft_iou_loss,
+    uncertain_point_set,
 )
 
 # What `mask` and `overlap` of a kind are, by the names they are logged under.
@@ -30,6 +32,7 @@ PARTS = {
     "bce-iou": ("bce", "soft_iou"),
     "balanced-bce-iou": ("balanced_bce", "soft_iou"),
     "points": ("bce", "dice"),
+    "uncertain-points": ("bce", "dice"),
 }
 LOSSES = tuple(PARTS)
 
@@ -86,6 +89,7 @@ def sam_loss(
     weights: LossWeights = LossWeights(),
     kind: str = "focal-dice",
     chance: Float[Tensor, "P 2"] | None = None,
+    points: int | None = None,
 ) -> SamLosses:
     """A mask loss of the given kind plus the squared error of the IoU head.
 
@@ -94,9 +98,12 @@ def sam_loss(
         balanced-bce-iou  the same with the balanced cross entropy of SAM-Adapter's `bbce`, which
                           that code uses alone: overlap weight 0 is its recipe, but learns nothing
                           from an empty target
-        points            cross entropy and Dice on 1,024 points of the map, as HQ-SAM (Ke et al.
-                          2023) and PointRend (Kirillov et al. 2020) do; theirs seek out where the
-                          mask is unsure, these are spread evenly, so small objects meet few of them
+        points            cross entropy and Dice on 1,024 points of the map, spread evenly, so that
+                          small objects meet few of them
+        uncertain-points  the same on 12,544 points, of which 75% seek out where the mask is unsure:
+                          HQ-SAM's (Ke et al. 2023), after PointRend (Kirillov et al. 2020). There a
+                          point's target is read from the label at the input's resolution, here from
+                          its coverage of the decoder's cells
 
     Of M > 1 masks only the one with the lowest weighted mask + overlap is back-propagated
     (Kirillov et al. 2023, section 3 "Resolving ambiguity"). The IoU head however is supervised on
@@ -105,10 +112,12 @@ def sam_loss(
 
     `scores` are the IoU head's predictions. `valid` has one map per prompt, or one per image when
     `image_index` says which image each prompt belongs to. `chance`, two numbers in [0, 1) per
-    prompt, shifts the points of `points` (None: not at all) and means nothing to the other kinds.
-    Half-precision input is computed in fp32. Raises UsageError for an unknown kind.
+    prompt, shifts the points of the last two kinds (None: not at all), and `points` is how many they
+    read of each mask (None: as above); neither means anything to the other kinds. Half-precision
+    input is computed in fp32. Raises UsageError for an unknown kind.
     """
     part_names(kind)
+    points = POINTS.get(kind, 0) if points is None else points
     logits, scores, targets, valid = map(at_least_fp32, (logits, scores, targets, valid))
     if image_index is not None:
         valid = valid[image_index]
@@ -120,17 +129,17 @@ def sam_loss(
     chosen = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     if logits.shape[1] > 1:
         with torch.no_grad():
-            mask, overlap = _mask_and_overlap(kind, logits, targets, valid, chance)
+            mask, overlap = _mask_and_overlap(kind, logits, targets, valid, chance, points)
             chosen = (weights.mask * mask + weights.overlap * overlap).argmin(dim=1)
         logits = logits[torch.arange(len(logits), device=logits.device), chosen].unsqueeze(1)
 
-    mask, overlap = (part.squeeze(1) for part in _mask_and_overlap(kind, logits, targets, valid, chance))
+    mask, overlap = (part.squeeze(1) for part in _mask_and_overlap(kind, logits, targets, valid, chance, points))
     total = weights.mask * mask + weights.overlap * overlap + weights.iou * squared_error
     return SamLosses(total, mask.detach(), overlap.detach(), squared_error.detach(), chosen)
 
 
 def _mask_and_overlap(
-    kind: str, logits: Tensor, targets: Tensor, valid: Tensor, chance: Tensor
+    kind: str, logits: Tensor, targets: Tensor, valid: Tensor, chance: Tensor, points: int
 ) -> tuple[Tensor, Tensor]:
     cells = logits, targets, valid
     match kind:
@@ -140,5 +149,12 @@ def _mask_and_overlap(
             return bce_loss(*cells), soft_iou_loss(*cells)
         case "balanced-bce-iou":
             return balanced_bce_loss(*cells), soft_iou_loss(*cells)
-    at_points = read_at_points(*cells, point_set(chance))
-    return bce_loss(*at_points), dice_loss(*at_points)
+        case "points":
+            at_points = read_at_points(*cells, point_set(chance, points))
+            return bce_loss(*at_points), dice_loss(*at_points)
+    mask_parts, overlap_parts = [], []
+    for mask in logits.split(1, dim=1):  # each mask is unsure elsewhere, so each has points of its own
+        at_points = read_at_points(mask, targets, valid, uncertain_point_set(mask.squeeze(1), valid, chance, points))
+        mask_parts.append(bce_loss(*at_points))
+        overlap_parts.append(dice_loss(*at_points))
+    return torch.cat(mask_parts, dim=1), torch.cat(overlap_parts, dim=1)

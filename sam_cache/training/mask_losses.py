@@ -13,7 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, grid_sample, logsigmoid
 
-POINTS = 1024  # read per mask by the `points` loss: 32 x 32 on average, one for every 64 cells of SAM's 256 x 256
+# Points per mask of the losses that read points: 32 x 32, one for every 64 cells of SAM's 256 x 256, and HQ-SAM's
+# 112 x 112.
+POINTS = {"points": 1024, "uncertain-points": 112 * 112}
+
+# HQ-SAM's: of so many candidates a point, and this share of the points is chosen from them.
+OVERSAMPLING, UNCERTAIN_SHARE = 3, 0.75
 
 
 def focal_loss(
@@ -125,7 +130,7 @@ def iou_of(
     return torch.where((union == 0) & nothing_there, 1.0, iou).to(logits.dtype)
 
 
-def point_set(chance: Float[Tensor, "P 2"], count: int = POINTS) -> Float[Tensor, "P N 2"]:
+def point_set(chance: Float[Tensor, "P 2"], count: int) -> Float[Tensor, "P N 2"]:
     """For each prompt, `count` points (x, y) spread evenly over the unit square [0, 1) x [0, 1).
 
     They are the first points of the R2 sequence (Roberts 2018, "The unreasonable effectiveness of
@@ -133,7 +138,31 @@ def point_set(chance: Float[Tensor, "P 2"], count: int = POINTS) -> Float[Tensor
     shifted by the prompt's own `chance`, two numbers in [0, 1), and wrapped around (a Cranley and
     Patterson rotation): the points differ from step to step, and still belong to the prompt alone.
     """
-    return (_r2_sequence(count).to(chance) + chance.unsqueeze(1)) % 1
+    return (_r2_sequence(count, chance.dtype, chance.device) + chance.unsqueeze(1)) % 1
+
+
+@torch.no_grad()
+def uncertain_point_set(
+    logits: Float[Tensor, "P h w"],
+    valid: Float[Tensor, "P h w"],
+    chance: Float[Tensor, "P 2"],
+    count: int,
+) -> Float[Tensor, "P N 2"]:
+    """For each prompt, `count` points (x, y) of the unit square: most where its mask is least sure, others anywhere.
+
+    As PointRend (Kirillov et al. 2020) and HQ-SAM (SysCV/sam-hq, train/utils/loss_mask.py) choose them:
+    of 3 `count` candidates those three quarters of `count` whose logits are nearest 0, and a quarter that
+    nothing chooses. Where they draw independent points, candidates and others are here the beginning and
+    the end of one `point_set`, so that they belong to the prompt and not to its batch. Candidates on
+    padding, which they do not know, come last.
+    """
+    uncertain = int(UNCERTAIN_SHARE * count)
+    points = point_set(chance, OVERSAMPLING * count + count - uncertain)
+    candidates, others = points.split([OVERSAMPLING * count, count - uncertain], dim=1)
+    read_logits, read_valid = _read(logits.unsqueeze(1), valid, candidates)
+    certainty = read_logits[:, 0, :, 0].abs().where(read_valid[:, 0, :, 0] > 0, torch.inf)
+    chosen = certainty.topk(uncertain, dim=1, largest=False).indices.unsqueeze(2).expand(-1, -1, 2)
+    return torch.cat([candidates.gather(1, chosen), others], dim=1)
 
 
 def read_at_points(
@@ -148,18 +177,22 @@ def read_at_points(
     centres (`grid_sample`, align_corners=False). Cells count by how valid they are, so that next
     to the padding only what lies on the image is read.
     """
-    logits, targets, valid = map(at_least_fp32, (logits, targets, valid))
-    grid = (2 * points - 1).unsqueeze(2).to(logits.dtype)
-    read = partial(grid_sample, grid=grid, padding_mode="border", align_corners=False)
-    cell_weight = valid.unsqueeze(1)
-    read_valid = read(cell_weight)
-    divisor = read_valid.clamp(min=torch.finfo(logits.dtype).tiny)
-    read_targets = read(targets.unsqueeze(1) * cell_weight) / divisor
-    return read(logits * cell_weight) / divisor, read_targets.squeeze(1), read_valid.squeeze(1)
+    read_logits, read_valid = _read(logits, valid, points)
+    read_targets, _ = _read(targets.unsqueeze(1), valid, points)
+    return read_logits, read_targets.squeeze(1), read_valid.squeeze(1)
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _read(maps: Tensor, valid: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (P, M, h, w) at points (P, N, 2), as (P, M, N, 1), and how valid each point is, (P, 1, N, 1)."""
+    maps, cell_weight = at_least_fp32(maps), at_least_fp32(valid).unsqueeze(1)
+    grid = (2 * points - 1).unsqueeze(2).to(maps.dtype)
+    read = partial(grid_sample, grid=grid, padding_mode="border", align_corners=False)
+    read_valid = read(cell_weight)
+    return read(maps * cell_weight) / read_valid.clamp(min=torch.finfo(maps.dtype).tiny), read_valid
 
 
 def _focal(
@@ -198,8 +231,8 @@ def _mean(cells: Tensor, valid: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _r2_sequence(count: int) -> Tensor:
-    # In float64 on the CPU, so that every device reads the same points.
+def _r2_sequence(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Made in float64 on the CPU, so that every device reads the same points.
     plastic = 1.3247179572447460  # the real root of g^3 = g + 1
     steps = torch.tensor([1 / plastic, 1 / plastic**2], dtype=torch.float64)
-    return (0.5 + torch.arange(1, count + 1, dtype=torch.float64).unsqueeze(1) * steps) % 1
+    return ((0.5 + torch.arange(1, count + 1, dtype=torch.float64).unsqueeze(1) * steps) % 1).to(device, dtype)

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.Image import Transpose
 from segment_anything.utils.transforms import ResizeLongestSide
+from torch.nn.functional import interpolate
 
 from sam_cache.data.crops import MaskCrop, crop_rle
 from sam_cache.data.decode import decode
@@ -21,6 +23,7 @@ from sam_cache.errors import UsageError
 from sam_cache.types import ImageRecord
 
 INPUT = 256
+CELLS = 64  # of the decoder's output
 POINT_KINDS = ["centroid", "bbox-center", "interior", "point", "point+4"]
 # EXIF orientation -> how a camera stores what is displayed upright
 STORED = {
@@ -47,8 +50,13 @@ def ask(text, masks, geometry=None, *, ids=None, image_id=1, seed=0, epoch=0, tr
     geometry = geometry or Geometry(*masks[0].shape, INPUT)
     return sample_prompts(
         parse_prompts(text), columns, [0] * len(masks), [image_id], [geometry],
-        lambda p: crop_rle(mask_to_rle(masks[p]), *masks[p].shape), seed=seed, epoch=epoch, training=training,
+        lambda p: crop_rle(mask_to_rle(masks[p]), *masks[p].shape), lambda p: cover(masks[p], geometry),
+        seed=seed, epoch=epoch, training=training,
     )  # fmt: skip
+
+
+def cover(mask, geometry):
+    return coverage(crop_rle(mask_to_rle(mask), *mask.shape), geometry, CELLS)
 
 
 def blob(height, width, seed=0):
@@ -63,7 +71,8 @@ def blob(height, width, seed=0):
 
 
 def same(one, other):
-    assert one.masks is other.masks is None
+    if (one.masks is None) != (other.masks is None) or (one.masks is not None and not one.masks.equal(other.masks)):
+        return False
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in vars(one) if name != "masks")
 
 
@@ -133,26 +142,37 @@ def test_a_batch_is_its_objects_one_by_one():
     masks = [blob(*size, seed) for seed, size in enumerate(sizes)]
     columns = object_columns(masks, range(len(masks)))
     crops = [crop_rle(mask_to_rle(mask), *mask.shape) for mask in masks]
-    mixture = parse_prompts("box,point,point+3-2,interior,none")
+    covered = [coverage(crop, geometries[image], CELLS) for crop, image in zip(crops, image_index, strict=True)]
+    kinds = ("box", "point", "interior", "none", "noise-mask")
+    mixture = parse_prompts(",".join(("point+3-2", *kinds)))
     key = {"seed": 3, "epoch": 5, "training": True}
-    together = sample_prompts(mixture, columns, image_index, image_ids, geometries, crops.__getitem__, **key)
-    assert set(together.kind.tolist()) == {KINDS.index(kind) for kind in ("box", "point", "interior", "none")}
+    together = sample_prompts(
+        mixture, columns, image_index, image_ids, geometries, crops.__getitem__, covered.__getitem__, **key
+    )
+    assert set(together.kind.tolist()) == {KINDS.index(kind) for kind in kinds}
+    assert torch.equal(together.has_mask, together.kind == KINDS.index("noise-mask"))
+    assert not together.masks[~together.has_mask].any()
     for p, image in enumerate(image_index):
         row = {name: column[p : p + 1] for name, column in columns.items()}
         alone = sample_prompts(
-            mixture, row, [0], [image_ids[image]], [geometries[image]], lambda _, p=p: crops[p], **key
-        )
+            mixture, row, [0], [image_ids[image]], [geometries[image]],
+            lambda _, p=p: crops[p], lambda _, p=p: covered[p], **key,
+        )  # fmt: skip
         expected = together.select(torch.tensor([p]))
+        if not expected.has_mask:
+            expected = replace(expected, masks=None)
         assert expected.image_index.item() == image
         expected.image_index.zero_()
         assert same(alone, expected)
 
 
+@pytest.mark.parametrize("kind", ["point+3", "noise-mask"])
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"image_id": 2}, {"ids": [1]}])
-def test_every_part_of_the_key_counts(change):
-    mask = np.ones((60, 80), bool)
-    assert same(ask("point+3", [mask]), ask("point+3", [mask]))
-    assert not same(ask("point+3", [mask]), ask("point+3", [mask], **change))
+def test_every_part_of_the_key_counts(kind, change):
+    mask = blob(60, 80)
+    asked, changed = ask(kind, [mask]), ask(kind, [mask], **change)
+    assert same(asked, ask(kind, [mask]))
+    assert not same(asked, replace(changed, chance=asked.chance))
 
 
 def test_keys_of_any_sign_and_size_are_different_streams():
@@ -208,6 +228,75 @@ def test_a_mask_that_fills_the_image_has_no_background_and_a_small_one_few_point
     assert ask("point+9-3", [np.ones((2, 3), bool)]).labels.tolist() == [1] * 6
 
 
+def test_an_object_of_few_pixels_gets_as_many_points_and_no_other_object_fewer():
+    """HQ-SAM's 10 points: there, one object of fewer pixels takes the kind from its whole batch."""
+    sizes = [400, 3, 10, 1, 9, 25]
+    masks = [np.arange(400).reshape(20, 20) < size for size in sizes]
+    prompts = ask("point+10", masks, training=True)
+    assert prompts.offsets.diff().tolist() == [10, 3, 10, 1, 9, 10]
+    assert prompts.labels.all()
+    assert (prompts.kind == KINDS.index("point")).all()
+    for p in (1, 3, 4):
+        alone = ask("point+10", masks[p : p + 1], ids=[p], training=True)
+        assert same(replace(prompts.select(torch.tensor([p])), image_index=alone.image_index), alone)
+        assert len(alone.points_xy_input.unique(dim=0)) == sizes[p]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_noise_masks_are_those_of_hq_sam_as_logits(training):
+    masks, geometry = [blob(200, 300, seed) for seed in range(3)], Geometry(200, 300, INPUT)
+    prompts = ask("noise-mask", masks, geometry, seed=4, epoch=2, image_id=7, training=training)
+    assert prompts.has_mask.all()
+    assert not prompts.has_box.any()
+    assert not prompts.ambiguous.any()
+    assert len(prompts.labels) == 0
+    for p, mask in enumerate(masks):
+        label = torch.from_numpy(cover(mask, geometry))[None, None]
+        random = keyed_generator(4, 2, 7, p)
+        random.random()  # the kind
+        noise = torch.from_numpy(random.standard_normal((CELLS, CELLS), np.float32))
+        small = interpolate(label, (CELLS // 8, CELLS // 8), mode="bilinear")
+        residue = (label - interpolate(small, (CELLS, CELLS), mode="bilinear")).abs() >= 0.01
+        degraded = (label + noise * residue.float() > 0.5).float()
+        assert torch.equal(prompts.masks[p], degraded[0, 0] * 20 - 10)
+        assert prompts.chance[p].tolist() == random.random(2, np.float32).tolist()
+
+
+def test_a_noise_mask_is_wrong_near_the_outline_only():
+    mask, geometry = np.zeros((256, 256), bool), Geometry(256, 256, INPUT)
+    mask[64:192, 64:192] = True
+    wrong = np.mean(
+        [(ask("noise-mask", [mask], geometry, epoch=epoch).masks[0] > 0).numpy() != (cover(mask, geometry) > 0.5)
+         for epoch in range(200)], axis=0,
+    )  # fmt: skip
+    near = np.zeros((CELLS, CELLS), bool)
+    near[8:56, 8:56] = True
+    near[24:40, 24:40] = False
+    assert not wrong[~near].any()
+    # Half a standard deviation from 0.5: P(N > 0.5) = 0.309 on either side of the outline.
+    assert wrong[near][wrong[near] > 0].mean() == pytest.approx(0.309, abs=0.01)
+
+
+def test_an_object_too_small_for_a_noise_mask_is_asked_for_by_its_box_alone():
+    large, small = blob(2048, 2048), np.zeros((2048, 2048), bool)
+    small[1000, 700] = True  # seven pixels: less than a hundredth of a cell, which is no outline
+    small[1003:1005, 700:703] = True
+    masks, geometry = [large, small, large], Geometry(2048, 2048, 1024)
+    prompts = ask("noise-mask", masks, geometry)
+    assert [KINDS[kind] for kind in prompts.kind] == ["noise-mask", "box", "noise-mask"]
+    assert prompts.has_mask.tolist() == [True, False, True]
+    assert prompts.has_box.tolist() == [False, True, False]
+    assert prompts.boxes_xyxy_input[1].tolist() == [350, 500, 351.5, 502.5]
+    noisy = ask("noise-mask", masks, geometry, training=True)
+    assert torch.equal(noisy.masks, prompts.masks)
+    moved = (noisy.boxes_xyxy_input[1] - prompts.boxes_xyxy_input[1]).abs()
+    assert moved.gt(0).all()
+    assert moved.le(0.1 * torch.tensor([1.5, 2.5, 1.5, 2.5]) + 1e-4).all()
+    alone = ask("noise-mask", [small], geometry, ids=[1])
+    assert alone.masks is None
+    assert torch.equal(alone.boxes_xyxy_input[0], prompts.boxes_xyxy_input[1])
+
+
 def test_box_noise_is_small_inside_the_image_and_only_in_training():
     masks = [blob(600, 800, seed) for seed in range(20)]
     geometry = Geometry(600, 800, 1024)
@@ -232,24 +321,32 @@ def test_noisy_boxes_stay_boxes_within_the_image(height, width, fit, seed):
     assert (boxes <= torch.tensor([geometry.content_width, geometry.content_height]).repeat(2)).all()
 
 
-def test_none_says_nothing_and_only_points_look_at_the_mask():
+def test_none_says_nothing_and_only_points_and_masks_look_at_the_mask():
     def no_crop(p: int) -> MaskCrop:
         raise AssertionError("the mask is not needed")
 
-    mask = blob(40, 50)
-    for kind in set(KINDS) - {"point"}:
+    def no_coverage(p: int) -> np.ndarray:
+        raise AssertionError("its coverage is not needed")
+
+    mask, geometry = blob(40, 50), Geometry(40, 50, INPUT)
+    crop = crop_rle(mask_to_rle(mask), *mask.shape)
+    for kind in KINDS:
+        crop_of = (lambda _: crop) if kind == "point" else no_crop
+        coverage_of = (lambda _: cover(mask, geometry)) if kind == "noise-mask" else no_coverage
         prompts = sample_prompts(
-            parse_prompts(kind), object_columns([mask], [0]), [0], [1], [Geometry(40, 50, INPUT)], no_crop,
+            parse_prompts(kind), object_columns([mask], [0]), [0], [1], [geometry], crop_of, coverage_of,
             seed=0, training=True,
         )  # fmt: skip
         assert prompts.kind.tolist() == [KINDS.index(kind)]
-        assert len(prompts.labels) == (kind not in ("box", "none"))
+        assert len(prompts.labels) == (kind not in ("box", "none", "noise-mask"))
         assert prompts.has_box.tolist() == [kind == "box"]
+        assert prompts.has_mask.tolist() == [kind == "noise-mask"]
+        assert (prompts.masks is not None) == (kind == "noise-mask")
 
 
 def test_no_objects_are_no_prompts():
     prompts = sample_prompts(
-        parse_prompts("box,point"), object_columns([], []), [], [], [], None, seed=0, training=True
+        parse_prompts("box,point"), object_columns([], []), [], [], [], None, None, seed=0, training=True
     )
     assert len(prompts) == 0
     assert prompts.offsets.tolist() == [0]
@@ -261,6 +358,7 @@ def test_no_objects_are_no_prompts():
         ("box", [PromptChoice("box")]),
         ("box:2,centroid", [PromptChoice("box", 2), PromptChoice("centroid")]),
         ("point+3-1:.5, bbox-center", [PromptChoice("point", 0.5, 3, 1), PromptChoice("bbox-center")]),
+        ("noise-mask,box:3", [PromptChoice("noise-mask"), PromptChoice("box", 3)]),
         ("point-2,none,interior", [PromptChoice("point", 1, 1, 2), PromptChoice("none"), PromptChoice("interior")]),
     ],
 )
@@ -286,6 +384,8 @@ def test_parsing(text, choices):
         ("point+", "write KIND or KIND:WEIGHT"),
         ("box+2", "write box"),
         ("box:0", "above 0"),
+        ("noise_mask", "did you mean noise-mask[?]"),
+        ("noise-mask-1", "write noise-mask"),
         ("point+0-1", "above 0"),
     ],
 )

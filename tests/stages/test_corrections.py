@@ -25,6 +25,7 @@ def make_batch(masks: torch.Tensor, boxes: bool = True) -> Batch:
         offsets=torch.cat([torch.zeros(1, dtype=torch.long), (~has_box).long().cumsum(0)]),
         boxes_xyxy_input=torch.tensor([[10.0, 20, 90, 100]]).repeat(count, 1),
         has_box=has_box,
+        has_mask=torch.zeros(count, dtype=torch.bool),
         chance=torch.rand(count, 2),
     )
     targets = Targets(masks, torch.ones(2, CELLS, CELLS), 1 + torch.rand(count))
@@ -60,6 +61,19 @@ def test_clicks_lie_where_the_mask_is_wrong(seed):
         assert torch.equal(kept, batch.prompts.select(torch.tensor([p])).points_xy_input)
     assert torch.equal(found.masks, logits)
     assert not found.ambiguous.any()
+
+
+def test_masks_that_were_given_make_way_for_the_network_s_own():
+    torch.manual_seed(1)
+    batch = make_batch(squares((4, 4, 10), (10, 12, 6), (0, 0, 30), (20, 20, 5)), boxes=False)
+    plain = batch.prompts
+    has_mask = torch.tensor([True, False, False, True])
+    given = replace(plain, has_mask=has_mask, masks=10 * has_mask[:, None, None] * (2 * batch.targets.masks - 1))
+    logits = torch.randn(4, CELLS, CELLS)
+    found, expected = (correct(prompts, logits, batch.targets, 4.0, 1, 1) for prompts in (given, plain))
+    torch.testing.assert_close(vars(found), vars(expected), rtol=0, atol=0)
+    assert found.has_mask.all()
+    assert torch.equal(found.masks, logits)
 
 
 def test_all_wrong_cells_are_reached_and_equally_often():

@@ -100,6 +100,7 @@ def by_hand(stage, run, image, boxes):
         offsets=torch.zeros(count + 1, dtype=torch.long),
         boxes_xyxy_input=torch.from_numpy(geometry.boxes_to_input(corners)).float(),
         has_box=torch.tensor([len(boxes) > 0] * count),
+        has_mask=torch.zeros(count, dtype=torch.bool),
         chance=torch.zeros(count, 2),
     )
     masks = network(encoder(pixels, content), prompts, multimask=False)

@@ -60,6 +60,7 @@ def make_batch(number: int, prompts: int = 5) -> Batch:
             offsets=torch.zeros(prompts + 1, dtype=torch.long),
             boxes_xyxy_input=torch.zeros(prompts, 4),
             has_box=torch.ones(prompts, dtype=torch.bool),
+            has_mask=torch.zeros(prompts, dtype=torch.bool),
             chance=torch.zeros(prompts, 2),
         ),
         targets=Targets(

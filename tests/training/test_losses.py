@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import binary_cross_entropy_with_logits, grid_sample
 from torchvision.ops import sigmoid_focal_loss
 
 from sam_cache.errors import UsageError
 from sam_cache.training.losses import LOSSES, LossWeights, part_names, sam_loss
 from sam_cache.training.mask_losses import (
-    POINTS,
     balanced_bce_loss,
     bce_loss,
     dice_loss,
@@ -20,6 +20,7 @@ from sam_cache.training.mask_losses import (
     point_set,
     read_at_points,
     soft_iou_loss,
+    uncertain_point_set,
 )
 
 every_kind = pytest.mark.parametrize("kind", LOSSES)
@@ -55,7 +56,10 @@ def parts_of(kind, logits, targets, valid, chance):
     """A kind's two parts for each of M masks, from the public losses."""
     cells = logits, targets, valid
     if kind == "points":
-        cells = read_at_points(*cells, point_set(chance))
+        cells = read_at_points(*cells, point_set(chance, 1024))
+    if kind == "uncertain-points":
+        each = [published(mask, targets, valid, chance) for mask in logits.unbind(1)]
+        return tuple(torch.stack(parts, dim=1) for parts in zip(*each, strict=True))
     first, second = {
         "focal-dice": (focal_loss, dice_loss),
         "bce-iou": (bce_loss, soft_iou_loss),
@@ -63,6 +67,37 @@ def parts_of(kind, logits, targets, valid, chance):
         "points": (bce_loss, dice_loss),
     }[kind]
     return first(*cells), second(*cells)
+
+
+def published(logits, targets, valid, chance, count=112 * 112):
+    """HQ-SAM's two losses, (P,) each, in plain operations and one mask (h, w) after the other.
+
+    `loss_masks` of its train/utils/loss_mask.py with detectron2's `get_uncertain_point_coords_with_randomness`,
+    given our candidates and other points. Padding, which they do not know, comes last and weighs nothing.
+    """
+    found = []
+    uncertain = int(0.75 * count)
+    points = point_set(chance, 3 * count + count - uncertain)
+    for mask, target, inside, places in zip(logits, targets, valid, points, strict=True):
+        candidates, others = places[: 3 * count], places[3 * count :]
+        logit, weight = read_plainly(mask.detach(), inside, candidates)
+        uncertainty = (-logit.abs() - 1e9 * (weight == 0)).tolist()
+        order = sorted(range(3 * count), key=uncertainty.__getitem__, reverse=True)
+        chosen = torch.cat([candidates[order[:uncertain]], others])
+        (logit, weight), (wanted, _) = (read_plainly(cells, inside, chosen) for cells in (mask, target))
+        each = binary_cross_entropy_with_logits(logit, wanted, reduction="none")
+        share = logit.sigmoid() * weight
+        dice = 1 - (2 * (share * wanted).sum() + 1) / (share.sum() + (wanted * weight).sum() + 1)
+        found.append(((each * weight).sum() / weight.sum(), dice))
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
+
+def read_plainly(cells, valid, points):
+    """One map at points (N, 2), from its valid cells, and how valid it is there."""
+    grid = 2 * points[None, None].to(cells) - 1
+    maps = torch.stack([cells * valid, valid])[None]
+    read, inside = grid_sample(maps, grid, padding_mode="border", align_corners=False)[0, :, 0]
+    return read / inside.clamp(min=1e-30), inside
 
 
 def assert_same(losses, expected):
@@ -152,7 +187,7 @@ def test_empty_target_pulls_the_mask_down(kind):
 @every_kind
 def test_perfect_prediction_costs_nothing(kind):
     targets = torch.stack([torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)])
-    if kind != "points":  # which read a mask between cells too, where an edge is never perfect
+    if "points" not in kind:  # those read a mask between cells too, where an edge is never perfect
         targets[2, 2:5, 1:7] = 1
     logits, scores, valid = 200 * (targets[:, None] - 0.5), torch.ones(3, 1), torch.ones(3, 8, 8)
     assert sam_loss(logits, scores, targets, valid, kind=kind).total.tolist() == pytest.approx([0] * 3, abs=1e-5)
@@ -257,17 +292,17 @@ def test_half_precision_is_computed_in_fp32(kind, dtype):
 
 def test_points_belong_to_the_prompt_alone():
     chance = draw_chance()
-    assert torch.equal(point_set(chance)[3], point_set(chance[3:4])[0])
-    assert len({tuple(points[0].tolist()) for points in point_set(chance)}) == 5
-    shifted = point_set(torch.tensor([[0.25, 0.5]]))[0]
-    torch.testing.assert_close(shifted, (point_set(torch.zeros(1, 2))[0] + torch.tensor([0.25, 0.5])) % 1)
+    assert torch.equal(point_set(chance, 64)[3], point_set(chance[3:4], 64)[0])
+    assert len({tuple(points[0].tolist()) for points in point_set(chance, 64)}) == 5
+    shifted = point_set(torch.tensor([[0.25, 0.5]]), 64)[0]
+    torch.testing.assert_close(shifted, (point_set(torch.zeros(1, 2), 64)[0] + torch.tensor([0.25, 0.5])) % 1)
 
 
 @given(st.floats(0, 1, exclude_max=True, width=32), st.floats(0, 1, exclude_max=True, width=32))
 def test_points_are_spread_evenly_wherever_they_are_shifted(x, y):
     """Every one of 16 x 16 squares holds 4 points give or take; independent ones leave several squares empty."""
-    points = point_set(torch.tensor([[x, y]]))[0]
-    assert points.shape == (POINTS, 2)
+    points = point_set(torch.tensor([[x, y]]), 1024)[0]
+    assert points.shape == (1024, 2)
     assert ((points >= 0) & (points < 1)).all()
     counts = np.histogramdd(points.numpy(), bins=(16, 16), range=((0, 1), (0, 1)))[0]
     assert counts.min() >= 1
@@ -299,7 +334,7 @@ def test_many_points_cost_what_the_whole_map_costs():
     valid[:, 50:] = 0
     whole = bce_loss(logits, targets, valid), dice_loss(logits, targets, valid)
     errors = []
-    for count in (POINTS, 16384):
+    for count in (1024, 16384):
         at_points = read_at_points(logits, targets, valid, point_set(draw_chance(3), count))
         found = bce_loss(*at_points), dice_loss(*at_points)
         errors.append(max(float((a / b - 1).abs().max()) for a, b in zip(found, whole, strict=True)))
@@ -320,24 +355,95 @@ def test_points_that_all_miss_a_thin_image_cost_nothing():
     assert not logits.grad.any()
 
 
+@pytest.mark.parametrize("count", [None, 13, 500])
+@pytest.mark.parametrize("padded", [False, True])
+def test_uncertain_points_are_those_of_hq_sam(count, padded):
+    logits, targets = draw_blobs(side=32)
+    logits = logits + 0.3 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).double()
+    valid = torch.ones_like(targets)
+    if padded:
+        valid[:, 20] = 0.4
+        valid[:, 21:] = 0
+    logits.requires_grad_()
+    chance, without_iou = draw_chance(3), LossWeights(mask=1.0, overlap=1.0, iou=0.0)
+    losses = sam_loss(logits, torch.ones(3, 1), targets, valid, None, without_iou, "uncertain-points", chance, count)
+    mask, overlap = published(logits[:, 0], targets, valid, chance, 12544 if count is None else count)
+    torch.testing.assert_close((losses.mask, losses.overlap), (mask.detach(), overlap.detach()))
+    found, expected = (torch.autograd.grad(total.sum(), logits)[0] for total in (losses.total, mask + overlap))
+    torch.testing.assert_close(found, expected)
+    assert found.any()
+
+
+@pytest.mark.parametrize("kind", ["points", "uncertain-points"])
+def test_as_many_points_are_read_as_asked_for(kind):
+    logits, scores, targets, valid = draw()
+    costs = [
+        sam_loss(logits, scores, targets, valid, kind=kind, chance=draw_chance(), points=points).total.tolist()
+        for points in (None, {"points": 1024, "uncertain-points": 12544}[kind], 10, 100)
+    ]
+    assert costs[0] == costs[1]
+    assert len({tuple(cost) for cost in costs}) == 3
+
+
+def test_three_points_of_four_are_chosen_and_the_last_ones_are_anywhere():
+    logits, _, _, valid = draw(masks=1)
+    for count, uncertain in ((12544, 9408), (10, 7), (1, 0)):
+        points = uncertain_point_set(logits[:, 0], valid, draw_chance(), count)
+        every = point_set(draw_chance(), 4 * count - uncertain)
+        assert points.shape == (5, count, 2)
+        assert torch.equal(points[:, uncertain:], every[:, 3 * count :])
+        for chosen, candidates in zip(points[:, :uncertain].tolist(), every[:, : 3 * count].tolist(), strict=True):
+            assert len(set(map(tuple, chosen))) == uncertain
+            assert set(map(tuple, chosen)) <= set(map(tuple, candidates))
+
+
+def test_uncertain_points_lie_at_the_outline_of_a_mask_that_is_sure_elsewhere():
+    """A disc whose rim of 10 cells holds about 31% of the candidates, more than the 25% that are chosen."""
+    middle = torch.arange(64) + 0.5 - 32
+    logits = (2 * (20 - (middle[:, None].square() + middle.square()).sqrt())).clamp(-10, 10)
+    points = uncertain_point_set(logits[None], torch.ones(1, 64, 64), draw_chance(1).float(), 400)[0]
+    off = ((64 * points - 32).square().sum(1).sqrt() - 20).abs()
+    assert off[:300].max() < 5
+    assert (off[300:] < 5).float().mean() < 0.5
+    assert off[300:].max() > 10
+
+
+def test_uncertain_points_are_never_on_padding():
+    """Where the mask is nowhere less sure than on the padding."""
+    logits, valid = torch.full((2, 16, 16), 5.0), torch.ones(2, 16, 16)
+    valid[0, 8:] = valid[1, :, 10:] = 0
+    logits[valid == 0] = 0
+    points = uncertain_point_set(logits, valid, draw_chance(2).float(), 200)[:, :150]
+    assert points[0, :, 1].max() < 8.5 / 16
+    assert points[1, :, 0].max() < 10.5 / 16
+    assert (read_at_points(logits[:, None], logits, valid, points)[2] > 0).all()
+
+
+def test_points_are_chosen_without_a_gradient():
+    logits = torch.randn(2, 8, 8, requires_grad=True)
+    assert not uncertain_point_set(logits, torch.ones(2, 8, 8), torch.rand(2, 2), 20).requires_grad
+
+
 def test_default_weights_and_names_of_each_kind():
     assert {kind: astuple(LossWeights.of(kind)) for kind in LOSSES} == {
         "focal-dice": (20, 1, 1),
         "bce-iou": (1, 1, 1),
         "balanced-bce-iou": (1, 1, 1),
         "points": (1, 1, 1),
+        "uncertain-points": (1, 1, 1),
     }
     assert [part_names(kind) for kind in LOSSES] == [
         ("focal", "dice"),
         ("bce", "soft_iou"),
         ("balanced_bce", "soft_iou"),
         ("bce", "dice"),
+        ("bce", "dice"),
     ]
 
 
 def test_unknown_kind():
     logits, scores, targets, valid = draw()
-    message = "loss 'hinge' is unknown: use focal-dice, bce-iou, balanced-bce-iou or points"
+    message = "loss 'hinge' is unknown: use focal-dice, bce-iou, balanced-bce-iou, points or uncertain-points"
     for call in (LossWeights.of, lambda kind: sam_loss(logits, scores, targets, valid, kind=kind)):
         with pytest.raises(UsageError, match=message):
             call("hinge")

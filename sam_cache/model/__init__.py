@@ -21,10 +21,11 @@ from sam_cache.model.export import (
     write_state,
 )
 from sam_cache.model.frames import masks_to_image
+from sam_cache.model.hq import HqOutput
 from sam_cache.model.memory import estimate_memory
 from sam_cache.model.sam import Sam, depth_of, load_sam
 from sam_cache.model.sizes import SIZES, ModelSize, size_of
-from sam_cache.model.top import PARTS, Top, freeze, load_top, top_from_bytes, top_to_bytes
+from sam_cache.model.top import PARTS, Top, add_head, freeze, load_top, top_from_bytes, top_to_bytes
 from sam_cache.model.weights import fixed_weights
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "AdapterKnobs",
     "Agreement",
     "Encoder",
+    "HqOutput",
     "LoraKnobs",
     "Masks",
     "ModelSize",
@@ -41,6 +43,7 @@ __all__ = [
     "SpatialPriorKnobs",
     "Top",
     "adapter_parameters",
+    "add_head",
     "attach",
     "check_suffix",
     "compare_with_upstream",

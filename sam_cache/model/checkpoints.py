@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sam_cache.errors import CheckpointError
-from sam_cache.model.parts import outline
+from sam_cache.model.parts import is_of_hq_head, outline
 from sam_cache.model.sizes import SIZES, ModelSize
 from sam_cache.model.weights import fixed_weights
 
@@ -33,7 +33,7 @@ def load_state(size: ModelSize, checkpoint: Path | None) -> State:
 
 
 def read_checkpoint(path: Path, size: ModelSize) -> State:
-    """Read a `.pth` or `.safetensors` file whose keys and shapes are exactly those of `size`.
+    """Read a `.pth` or `.safetensors` file whose keys and shapes are exactly those of `size`, or of its HQ-SAM.
 
     Tensors of a `.pth` may be mapped from the file: copy what you keep. Raises CheckpointError.
     """
@@ -76,13 +76,16 @@ def _damaged(path: Path) -> str:
 
 
 def _check_shapes(path: Path, found: dict[str, torch.Size], size: ModelSize) -> None:
-    expected = _shapes(outline(size).state_dict())
+    # A file that has a piece of the head is meant to have all of it.
+    hq = any(is_of_hq_head(key) for key in found)
+    expected = _shapes(outline(size, hq).state_dict())
     if found == expected:
         return
     for other in SIZES.values():
-        if found == _shapes(outline(other).state_dict()):
-            remedy = f"pass --model {other.name}, or get {size.origin}"
-            raise CheckpointError(f"{path}: this looks like {other.name}, not {size.name}; {remedy}")
+        if found == _shapes(outline(other, hq).state_dict()):
+            what = f"HQ-SAM's {other.name}" if hq else other.name
+            remedy = f"pass --model {other.name}, for train-top a --store of {other.name}, or get {size.origin}"
+            raise CheckpointError(f"{path}: this looks like {what}, not {size.name}; {remedy}")
     problems = {
         "missing": [key for key in expected if key not in found],
         "unexpected": [key for key in found if key not in expected],

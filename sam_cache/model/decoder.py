@@ -87,6 +87,20 @@ def decode(
     With `multimask` the three masks for ambiguous prompts, else the one for unambiguous ones.
     """
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens, image = attend(decoder, images, image_index, outputs, sparse)
+    wanted = slice(1, None) if multimask else slice(0, 1)
+    masks = upscale(decoder.output_upscaling, image) @ hypers_of(decoder, tokens)[:, wanted].mT
+    return Masks(lay_out(masks), decoder.iou_prediction_head(tokens[:, 0])[:, wanted])
+
+
+def attend(
+    decoder: MaskDecoder,
+    images: SharedImages,
+    image_index: Int[Tensor, "P"],
+    outputs: Float[Tensor, "O C"],
+    sparse: Float[Tensor, "P K C"],
+) -> tuple[Float[Tensor, "P T C"], Float[Tensor, "P N C"]]:
+    """The two-way transformer: the tokens of `outputs` and of each prompt, and image tokens of its own for each."""
     prompt = torch.cat([outputs.expand(len(sparse), -1, -1), sparse], dim=1)
     transformer = decoder.transformer
     first, *later = transformer.layers
@@ -94,14 +108,14 @@ def decode(
     for layer in later:
         tokens, image = _run_layer(layer, prompt, tokens, image, images.position)
     attended = _attend(transformer.final_attn_token_to_image, tokens + prompt, image, images.position)
-    tokens = transformer.norm_final_attn(tokens + attended)
+    return transformer.norm_final_attn(tokens + attended), image
 
+
+def hypers_of(decoder: MaskDecoder, tokens: Float[Tensor, "P T C"]) -> Float[Tensor, "P 4 c"]:
+    """What pixels are multiplied with to make SAM's four masks, from the tokens after the first."""
     # All four small networks run, as upstream: where unused their gradients are zeros, never None.
     networks = enumerate(decoder.output_hypernetworks_mlps, start=1)
-    hypers = torch.stack([network(tokens[:, i]) for i, network in networks], dim=1)
-    wanted = slice(1, None) if multimask else slice(0, 1)
-    logits = _upscale(decoder.output_upscaling, image, hypers[:, wanted])
-    return Masks(logits, decoder.iou_prediction_head(tokens[:, 0])[:, wanted])
+    return torch.stack([network(tokens[:, i]) for i, network in networks], dim=1)
 
 
 def _run_first_layer(
@@ -241,19 +255,21 @@ def _scale(q: Float[Tensor, "P A T d"]) -> Float[Tensor, "P A T d"]:
     return q * q.shape[-1] ** -0.5
 
 
-def _upscale(
-    upscaling: nn.Sequential, image: Float[Tensor, "P N C"], hypers: Float[Tensor, "P M c"]
-) -> Float[Tensor, "P M h w"]:
-    """Upscale the image tokens four times; a mask is the inner product of each pixel with its hyper."""
+def upscale(upscaling: nn.Sequential, image: Float[Tensor, "P N C"]) -> Float[Tensor, "P n c"]:
+    """Upscale the image tokens four times: each makes 16 pixels, in the order that `lay_out` undoes."""
     conv, norm, activation, second_conv, second_activation = upscaling
     pixels = _transpose_tokens(conv, image)
     pixels = activation(F.layer_norm(pixels, norm.weight.shape, norm.weight, norm.bias, norm.eps))
-    pixels = second_activation(_transpose_tokens(second_conv, pixels))
-    masks = pixels.flatten(1, -2) @ hypers.mT
-    P, M, g = *hypers.shape[:2], round(image.shape[1] ** 0.5)
+    return second_activation(_transpose_tokens(second_conv, pixels)).flatten(1, -2)
+
+
+def lay_out(pixels: Float[Tensor, "P n M"]) -> Float[Tensor, "P M h w"]:
+    """Arrange upscaled pixels as maps."""
+    P, n, M = pixels.shape
+    g = round((n // 16) ** 0.5)
     # Of a token's 4 x 4 pixels, the first convolution chose the halves and the second the quarters.
-    masks = masks.view(P, g, g, 2, 2, 2, 2, M).permute(0, 7, 1, 3, 5, 2, 4, 6)
-    return masks.reshape(P, M, 4 * g, 4 * g)
+    maps = pixels.view(P, g, g, 2, 2, 2, 2, M).permute(0, 7, 1, 3, 5, 2, 4, 6)
+    return maps.reshape(P, M, 4 * g, 4 * g)
 
 
 def _transpose_tokens(conv: nn.ConvTranspose2d, tokens: Float[Tensor, "*B c"]) -> Float[Tensor, "*B 4 o"]:

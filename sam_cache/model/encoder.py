@@ -1,6 +1,6 @@
 """The image encoder: uint8 pixels in, levels out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sam_cache.errors import UsageError
 from sam_cache.model.adapters.adapter import Adapter
 from sam_cache.model.attention import run_block
 from sam_cache.model.checkpoints import State, load_state, own_fp32, state_digest
@@ -17,6 +18,7 @@ from sam_cache.model.parts import build_image_encoder, part_of
 from sam_cache.model.sizes import ModelSize, size_of
 
 Normalise = Literal["sam", "imagenet", "minmax"]
+LEVELS = ("neck", "early")
 
 # Per channel, in grey levels (segment_anything/build_sam.py). They are ImageNet's mean and standard
 # deviation (.485 .456 .406 and .229 .224 .225) times 255, so `sam` and `imagenet` are one formula.
@@ -29,13 +31,18 @@ class Encoder(nn.Module):
 
     `vit` is upstream's module, so its parameters have upstream's names. The compute dtype is that
     of the parameters: cast with `.to(torch.bfloat16)`. `levels` says what a call returns:
-    name -> (channels, rows, columns). `digest` is the sha256 of the weights as they were loaded.
+    name -> (channels, rows, columns), `neck` always among them. `early` are the tokens after the first
+    block of global attention, before the neck and without a norm: what HQ-SAM's head sees of an image
+    (Ke et al. 2023; `interm_embeddings[0]` of segment_anything_hq).
+    `digest` is the sha256 of the weights as they were loaded.
     `adapter` is called around the blocks where there is one (`sam_cache.model.adapters.attach`).
     With `checkpointing` a backward keeps each block's input alone and computes the block again.
     """
 
-    def __init__(self, size: ModelSize, state: State, normalise: Normalise = "sam"):
+    def __init__(self, size: ModelSize, state: State, normalise: Normalise = "sam", levels: Sequence[str] = ("neck",)):
         super().__init__()
+        if misfits := [name for name in levels if name not in LEVELS]:
+            raise UsageError(f"level {misfits[0]!r}: an encoder has {' and '.join(LEVELS)}")
         with torch.device("meta"):
             self.vit = build_image_encoder(size)
         self.vit.load_state_dict(own_fp32(fit_positions(state, size)), assign=True)
@@ -44,10 +51,8 @@ class Encoder(nn.Module):
         self.digest = state_digest(state)
         self.adapter: Adapter | None = None
         self.checkpointing = False
-
-    @property
-    def levels(self) -> dict[str, tuple[int, int, int]]:
-        return {"neck": (self.size.neck_channels, self.size.grid, self.size.grid)}
+        channels = {"neck": size.neck_channels, "early": size.width}
+        self.levels = {name: (channels[name], size.grid, size.grid) for name in LEVELS if name in {"neck", *levels}}
 
     def forward(
         self, pixels: UInt8[Tensor, "I 3 S S"], content_hw: Int[Tensor, "I 2"]
@@ -61,9 +66,12 @@ class Encoder(nn.Module):
         patches = self.vit.patch_embed(inputs)
         tokens = patches + self.vit.pos_embed
         prior = self._run(self.adapter.prepare, inputs, patches, tokens) if self.adapter else None
+        found = {}
         for number in range(len(self.vit.blocks)):
             tokens = self._run(self._run_block, number, tokens, prior)
-        return {"neck": self.vit.neck(tokens.permute(0, 3, 1, 2))}
+            if number == self.size.global_blocks[0] and "early" in self.levels:
+                found["early"] = tokens.permute(0, 3, 1, 2)
+        return {"neck": self.vit.neck(tokens.permute(0, 3, 1, 2))} | found
 
     def _run(self, function: Callable, *arguments: Any) -> Any:
         """Call it, keeping only the arguments for the backward where `checkpointing` says so."""
@@ -81,17 +89,21 @@ class Encoder(nn.Module):
 
 
 def load_encoder(
-    name: str, checkpoint: Path | None = None, input_size: int | None = None, normalise: Normalise = "sam"
+    name: str,
+    checkpoint: Path | None = None,
+    input_size: int | None = None,
+    normalise: Normalise = "sam",
+    levels: Sequence[str] = ("neck",),
 ) -> Encoder:
-    """The encoder `name` in evaluation mode, without gradients, in fp32 on the CPU.
+    """The encoder `name` in evaluation mode, without gradients, in fp32 on the CPU; it returns `levels`.
 
     `checkpoint` is the official file; `nano` comes with the package, `tiny` has fixed-seed weights.
     Another `input_size` than the model's own stretches the position tables.
-    Raises CheckpointError for a file that is not exactly this model, UsageError for a bad name or size.
+    Raises CheckpointError for a file that is not exactly this model, UsageError for a bad name, size or level.
     """
     size = size_of(name)
     state = part_of(load_state(size, checkpoint), "image_encoder")
-    return Encoder(size.at(input_size), state, normalise).eval().requires_grad_(False)
+    return Encoder(size.at(input_size), state, normalise, levels).eval().requires_grad_(False)
 
 
 def normalise_pixels(

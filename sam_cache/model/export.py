@@ -1,22 +1,25 @@
-"""Weights out of here and into segment_anything, with a proof that they mean the same there."""
+"""Weights out of here and into segment_anything or segment_anything_hq, with a proof that they mean the same there."""
 
 import copy
+import importlib
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from segment_anything import SamPredictor, sam_model_registry
-from segment_anything import modeling as upstream
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam_cache.errors import CheckpointError, UsageError
 from sam_cache.model.adapters import merge
 from sam_cache.model.checkpoints import State, read_tensors
 from sam_cache.model.encoder import MEAN, STD, fit_positions
+from sam_cache.model.hq import HqOutput
 from sam_cache.model.parts import build_image_encoder, build_mask_decoder, build_prompt_encoder, outline, part_of
 from sam_cache.model.sam import Sam
 from sam_cache.model.sizes import ModelSize, size_of
@@ -41,6 +44,7 @@ def fit_trained(weights: State, size: ModelSize) -> State:
 def official_state(sam: Sam) -> State:
     """The weights of `sam` with exactly the keys and shapes of an official checkpoint; a low-rank adapter is merged.
 
+    With an HQ head it is the layout of segment_anything_hq.
     `sam` is at its model's own input size, and stays as it is; tensors are shared with it where they can be.
     Raises UsageError for an adapter that depends on the image, which no fixed weight can replace.
     """
@@ -51,7 +55,7 @@ def official_state(sam: Sam) -> State:
     merge(plain)
     found = {f"image_encoder.{key}": tensor for key, tensor in plain.vit.state_dict().items()}
     found |= {key: tensor for key, tensor in sam.state_dict().items() if not key.startswith("image_encoder.")}
-    return {key: found[key].detach() for key in outline(size_of(sam.size.name)).state_dict()}
+    return {key: found[key].detach() for key in outline(size_of(sam.size.name), sam.hq is not None).state_dict()}
 
 
 def write_state(path: Path, state: State) -> None:
@@ -96,17 +100,18 @@ class Agreement:
 
 @torch.no_grad()
 def compare_with_upstream(sam: Sam, path: Path) -> Agreement:
-    """Load the file in segment_anything and give its `SamPredictor` and `sam` one image and the same prompts.
+    """Load the file in upstream's package and give its `SamPredictor` and `sam` one image and the same prompts.
 
-    A point, a box, and both. `sam` is at its model's own input size, normalises as SAM does, and may have its
-    adapter still unmerged. Raises CheckpointError where segment_anything cannot load the file.
+    A point, a box, and both. The package is segment_anything, or segment_anything_hq where `sam` has that head.
+    `sam` is at its model's own input size, normalises as SAM does, and may have its adapter still unmerged.
+    Raises CheckpointError where the package cannot load the file, or is not there.
     """
     device = sam.mask_decoder.iou_token.weight.device
     image, prompts = draw_image(sam.size.input_size), make_prompts(sam.size.input_size)
     # TensorFloat-32 in convolutions would round more than the differences that are looked for.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours = _ask(sam, image, prompts.to(device))
-        theirs = _ask_upstream(load_upstream(sam.size, path).to(device), image, prompts)
+        theirs = _ask_upstream(load_upstream(sam.size, path, sam.hq is not None).to(device), image, prompts, sam.hq)
     (logits, their_logits), (scores, their_scores) = (
         [torch.cat([found.cpu().flatten() for found in answers[kind]]) for answers in (ours, theirs)] for kind in (0, 1)
     )
@@ -117,24 +122,63 @@ def compare_with_upstream(sam: Sam, path: Path) -> Agreement:
     )
 
 
-def load_upstream(size: ModelSize, path: Path) -> upstream.Sam:
-    """segment_anything's own `Sam` with the weights of the file, in evaluation mode, on the CPU.
+def load_upstream(size: ModelSize, path: Path, hq: bool = False) -> nn.Module:
+    """Upstream's own `Sam` with the weights of the file, in evaluation mode, on the CPU.
 
-    Sizes that segment_anything does not know are built of its own classes. Raises CheckpointError.
+    With `hq` that of segment_anything_hq. Sizes that the package does not know are built of its own classes.
+    Raises CheckpointError.
     """
+    package = import_upstream(hq)
     try:
-        if size.name in sam_model_registry and path.suffix == ".pth":
-            return sam_model_registry[size.name](checkpoint=str(path)).eval()
-        network = sam_model_registry[size.name]() if size.name in sam_model_registry else _build_upstream(size)
-        network.load_state_dict(read_tensors(path))
+        known = package.sam_model_registry
+        if size.name in known and path.suffix == ".pth" and not hq:
+            return known[size.name](checkpoint=str(path)).eval()
+        network = known[size.name]() if size.name in known else _build_upstream(package, size, hq)
+        network.load_state_dict(read_tensors(path))  # strictly: the HQ package's own loading lets keys be missing
         return network.eval()
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: segment_anything does not load it: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{path}: {package.__name__} does not load it: {' '.join(str(error).split())}") from None
 
 
-def _build_upstream(size: ModelSize) -> upstream.Sam:
-    parts = build_image_encoder(size), build_prompt_encoder(size), build_mask_decoder(size)
-    return upstream.Sam(*parts, pixel_mean=list(MEAN), pixel_std=list(STD))
+def import_upstream(hq: bool) -> ModuleType:
+    """segment_anything, or segment_anything_hq. Raises CheckpointError where that one is not installed."""
+    if not hq:
+        return importlib.import_module("segment_anything")
+    try:
+        with warnings.catch_warnings():
+            # It takes layers from where timm had them once, and registers models under names that timm has too.
+            warnings.simplefilter("ignore")
+            return importlib.import_module("segment_anything_hq")
+    except ImportError as error:
+        raise CheckpointError(
+            f"segment_anything_hq cannot be imported ({error}), and only it can show that the file is right; "
+            "pip install 'samcache[hq]'"
+        ) from None
+
+
+def _build_upstream(package: ModuleType, size: ModelSize, hq: bool) -> nn.Module:
+    modeling = package.modeling
+    encoder, decoder = build_image_encoder(size), build_mask_decoder(size)
+    if hq:
+        encoder = modeling.ImageEncoderViT(
+            img_size=size.input_size,
+            patch_size=size.patch,
+            embed_dim=size.width,
+            depth=size.depth,
+            num_heads=size.heads,
+            out_chans=size.neck_channels,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=size.window,
+            global_attn_indexes=size.global_blocks,
+        )
+        decoder = modeling.MaskDecoderHQ(
+            transformer_dim=size.neck_channels,
+            transformer=decoder.transformer,
+            iou_head_hidden_dim=size.decoder_score_width,
+            vit_dim=size.width,
+        )
+    return modeling.Sam(encoder, build_prompt_encoder(size), decoder, pixel_mean=list(MEAN), pixel_std=list(STD))
 
 
 def draw_image(side: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -155,6 +199,7 @@ def make_prompts(side: int) -> Prompts:
         offsets=torch.tensor([0, 1, 1, 2]),
         boxes_xyxy_input=boxes,
         has_box=torch.tensor([False, True, True]),
+        has_mask=torch.zeros(3, dtype=torch.bool),
         chance=torch.zeros(3, 2),
     )
 
@@ -167,15 +212,16 @@ def _ask(sam: Sam, image: np.ndarray, prompts: Prompts) -> Answers:
     rows, columns, _ = image.shape
     square = torch.zeros(1, 3, columns, columns, dtype=torch.uint8)
     square[0, :, :rows] = torch.from_numpy(image).permute(2, 0, 1)
-    levels = sam.image_encoder(square.to(prompts.kind.device), torch.tensor([[rows, columns]]))
+    levels = sam.prepare(sam.image_encoder(square.to(prompts.kind.device), torch.tensor([[rows, columns]])))
     alone = [prompts.select(torch.tensor([place], device=prompts.kind.device)) for place in range(len(prompts))]
     masks = [sam(levels, prompt, bool(prompt.ambiguous)) for prompt in alone]
     return [found.logits[0] for found in masks], [found.scores[0] for found in masks]
 
 
-def _ask_upstream(network: upstream.Sam, image: np.ndarray, prompts: Prompts) -> Answers:
-    predictor = SamPredictor(network)
+def _ask_upstream(network: nn.Module, image: np.ndarray, prompts: Prompts, hq: HqOutput | None) -> Answers:
+    predictor = import_upstream(hq is not None).SamPredictor(network)
     predictor.set_image(image)
+    mode = {} if hq is None else {"hq_token_only": hq == "hq"}
     logits, scores = [], []
     for place in range(len(prompts)):
         prompt = prompts.select(torch.tensor([place]))
@@ -186,6 +232,7 @@ def _ask_upstream(network: upstream.Sam, image: np.ndarray, prompts: Prompts) ->
             box=prompt.boxes_xyxy_input[0].numpy() if boxed else None,
             multimask_output=bool(prompt.ambiguous),
             return_logits=True,
+            **mode,
         )
         logits.append(torch.from_numpy(low_resolution))
         scores.append(torch.from_numpy(iou))

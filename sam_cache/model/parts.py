@@ -4,6 +4,8 @@ from functools import partial
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
 from sam_cache.model.sizes import ModelSize
@@ -33,8 +35,13 @@ def build_prompt_encoder(size: ModelSize) -> PromptEncoder:
     )
 
 
-def build_mask_decoder(size: ModelSize) -> MaskDecoder:
-    return MaskDecoder(
+# What HQ-SAM adds to the mask decoder, by its names (segment_anything_hq/modeling/mask_decoder_hq.py).
+HQ_HEAD = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
+
+
+def build_mask_decoder(size: ModelSize, hq: bool = False) -> MaskDecoder:
+    """SAM's decoder; with `hq` the layers of HQ-SAM's head stand beside its own."""
+    decoder = MaskDecoder(
         transformer_dim=size.neck_channels,
         transformer=TwoWayTransformer(
             depth=size.decoder_depth,
@@ -44,18 +51,53 @@ def build_mask_decoder(size: ModelSize) -> MaskDecoder:
         ),
         iou_head_hidden_dim=size.decoder_score_width,
     )
+    if hq:
+        for name, layer in zip(HQ_HEAD, _build_hq_head(size.width, size.neck_channels), strict=True):
+            decoder.add_module(name, layer)
+    return decoder
 
 
-def outline(size: ModelSize) -> nn.ModuleDict:
-    """A whole SAM without storage (on the meta device), its keys those of an official checkpoint."""
+def _build_hq_head(width: int, channels: int) -> tuple[nn.Module, ...]:
+    """The layers of `HQ_HEAD` for an encoder of `width` and a neck of `channels`."""
+    small = channels // 8  # of the decoder's upscaled maps
+    compress = _upscale_four_times(width, channels, small)
+    encode = _upscale_four_times(channels, channels // 4, small)
+    refine = nn.Sequential(
+        nn.Conv2d(small, channels // 4, 3, padding=1),
+        LayerNorm2d(channels // 4),
+        nn.GELU(),
+        nn.Conv2d(channels // 4, small, 3, padding=1),
+    )
+    return nn.Embedding(1, channels), MLP(channels, channels, small, 3), compress, encode, refine
+
+
+def _upscale_four_times(channels: int, between: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(channels, between, 2, stride=2),
+        LayerNorm2d(between),
+        nn.GELU(),
+        nn.ConvTranspose2d(between, out, 2, stride=2),
+    )
+
+
+def outline(size: ModelSize, hq: bool = False) -> nn.ModuleDict:
+    """A whole SAM without storage (on the meta device), its keys those of an official checkpoint.
+
+    With `hq` those of an official checkpoint of HQ-SAM.
+    """
     with torch.device("meta"):
         return nn.ModuleDict(
             {
                 "image_encoder": build_image_encoder(size),
                 "prompt_encoder": build_prompt_encoder(size),
-                "mask_decoder": build_mask_decoder(size),
+                "mask_decoder": build_mask_decoder(size, hq),
             }
         )
+
+
+def is_of_hq_head(key: str) -> bool:
+    """Whether a key of a checkpoint belongs to HQ-SAM's head."""
+    return key.startswith(tuple(f"mask_decoder.{name}." for name in HQ_HEAD))
 
 
 def part_of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:

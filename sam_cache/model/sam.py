@@ -6,30 +6,37 @@ from torch import nn
 
 from sam_cache.model.checkpoints import State, load_state
 from sam_cache.model.encoder import Encoder, Normalise
+from sam_cache.model.hq import HqOutput
 from sam_cache.model.parts import part_of
 from sam_cache.model.sizes import ModelSize, size_of
 from sam_cache.model.top import Levels, Top
+from sam_cache.model.weights import fresh_head
 from sam_cache.types import Batch
 
 
 class Sam(Top):
     """A top that encodes a batch's pixels itself. The encoder's parameters lie under `image_encoder.vit`."""
 
-    def __init__(self, size: ModelSize, state: State, normalise: Normalise = "sam"):
-        super().__init__(size, {key: value for key, value in state.items() if not key.startswith("image_encoder.")})
-        self.image_encoder = Encoder(size, part_of(state, "image_encoder"), normalise)
+    def __init__(self, size: ModelSize, state: State, normalise: Normalise = "sam", hq: HqOutput | None = None):
+        super().__init__(size, {key: value for key, value in state.items() if not key.startswith("image_encoder.")}, hq)
+        self.image_encoder = Encoder(size, part_of(state, "image_encoder"), normalise, self.levels)
 
     def encode(self, batch: Batch) -> Levels:
-        """The levels of the batch's pixels, with a graph where a layer of the encoder is trained."""
-        return self.image_encoder(batch.pixels, batch.content_hw)
+        """What `forward` needs of the batch's pixels, with a graph where a layer of the encoder is trained."""
+        return self.prepare(self.image_encoder(batch.pixels, batch.content_hw))
 
 
 def load_sam(
-    name: str, checkpoint: Path | None = None, input_size: int | None = None, normalise: Normalise = "sam"
+    name: str,
+    checkpoint: Path | None = None,
+    input_size: int | None = None,
+    normalise: Normalise = "sam",
+    hq: HqOutput | None = None,
+    seed: int = 0,
 ) -> Sam:
-    """The whole of model `name`, in fp32 on the CPU; arguments and errors are those of `load_encoder`."""
+    """The whole of model `name`, in fp32 on the CPU; for arguments and errors see `load_encoder` and `load_top`."""
     size = size_of(name)
-    return Sam(size.at(input_size), load_state(size, checkpoint), normalise)
+    return Sam(size.at(input_size), fresh_head(size, seed) | load_state(size, checkpoint), normalise, hq)
 
 
 def depth_of(name: str, network: nn.Module) -> int:

@@ -11,68 +11,111 @@ from torch import Tensor, nn
 
 from sam_cache.errors import CheckpointError
 from sam_cache.model.checkpoints import State, load_state, own_fp32
-from sam_cache.model.decoder import Masks, decode, share_images
-from sam_cache.model.parts import build_mask_decoder, build_prompt_encoder
+from sam_cache.model.decoder import Masks, SharedImages, decode, share_images
+from sam_cache.model.hq import HqOutput, decode_hq, find_detail
+from sam_cache.model.parts import HQ_HEAD, build_mask_decoder, build_prompt_encoder, is_of_hq_head
 from sam_cache.model.sizes import ModelSize, size_of
+from sam_cache.model.weights import fresh_head
+from sam_cache.quantisation import dequantise
 from sam_cache.types import Batch, Prompts
 
 Levels = dict[str, Float[Tensor, "I _ _ _"]]
 
 # What can be trained by itself, by the beginning of its parameters' names; the longest one decides.
-# `no-mask` is the embedding that stands for 'no mask given', which SAM-Adapter trains too.
+# `no-mask` is the embedding that stands for 'no mask given', which SAM-Adapter trains too; `head` is HQ-SAM's.
 PARTS = {
-    "encoder": "image_encoder.",
-    "neck": "image_encoder.vit.neck.",
-    "adapter": "image_encoder.adapter.",
-    "prompt": "prompt_encoder.",
-    "no-mask": "prompt_encoder.no_mask_embed.",
-    "decoder": "mask_decoder.",
+    "encoder": ("image_encoder.",),
+    "neck": ("image_encoder.vit.neck.",),
+    "adapter": ("image_encoder.adapter.",),
+    "prompt": ("prompt_encoder.",),
+    "no-mask": ("prompt_encoder.no_mask_embed.",),
+    "decoder": ("mask_decoder.",),
+    "head": tuple(f"mask_decoder.{name}." for name in HQ_HEAD),
 }
 
 
 class Top(nn.Module):
-    """Upstream's prompt encoder and mask decoder under upstream's names, called in one batch."""
+    """Upstream's prompt encoder and mask decoder under upstream's names, called in one batch.
 
-    def __init__(self, size: ModelSize, state: State):
+    With `hq` the decoder has HQ-SAM's head, and says which masks it answers with. `state` may hold a head
+    that is not asked for, and not lack one that is.
+    """
+
+    def __init__(self, size: ModelSize, state: State, hq: HqOutput | None = None):
         super().__init__()
-        self.size = size
+        self.size, self.hq = size, hq
         with torch.device("meta"):
             self.prompt_encoder = build_prompt_encoder(size)
-            self.mask_decoder = build_mask_decoder(size)
+            self.mask_decoder = build_mask_decoder(size, hq is not None)
+        if hq is None:
+            state = {key: tensor for key, tensor in state.items() if not is_of_hq_head(key)}
         self.load_state_dict(own_fp32(state), assign=True)
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The levels of an image that are needed to ask about it."""
+        return ("neck",) if self.hq is None else ("neck", "early")
+
     def encode(self, batch: Batch) -> Levels:
-        """The levels of the batch's images: here those it came with."""
-        return batch.levels
+        """What `forward` needs of the batch's images, from the levels that they came with."""
+        return self.prepare(dequantise(batch.levels))
+
+    def prepare(self, levels: Levels) -> Levels:
+        """Do once for an image what is the same for all its prompts: `neck`, and for the HQ head `detail`."""
+        if self.hq is None:
+            return {"neck": levels["neck"]}
+        dtype = self.mask_decoder.iou_token.weight.dtype
+        neck, early = levels["neck"].to(dtype), levels["early"].to(dtype)
+        return {"neck": neck, "detail": find_detail(self.mask_decoder, neck, early)}
 
     def forward(self, levels: Levels, prompts: Prompts, multimask: bool) -> Masks:
-        """Masks (P, 3, h, w) if `multimask`, else (P, 1, h, w), in the order of `prompts`.
+        """Masks (P, 3, h, w) if `multimask`, else (P, 1, h, w), in the order of `prompts`; of the HQ head always one.
 
-        `levels["neck"]` holds I images in any floating dtype. `prompts.image_index` names them in
-        any order and number; points and boxes are in the input frame. A mask prompt makes the image
-        another one for its prompt alone, so that nothing is shared between such prompts.
+        `levels` are as `encode` gives them; `levels["neck"]` holds I images in any floating dtype.
+        `prompts.image_index` names them in any order and number; points and boxes are in the input frame.
+        A mask prompt makes the image another one for its prompt alone, so that nothing is shared between
+        such prompts.
         """
         neck = levels["neck"].to(self.mask_decoder.iou_token.weight.dtype)
         if len(prompts) == 0:
-            masks = neck.new_zeros(0, 3 if multimask else 1, self.size.mask_size, self.size.mask_size)
+            count = 3 if multimask and self.hq is None else 1
+            masks = neck.new_zeros(0, count, self.size.mask_size, self.size.mask_size)
             return Masks(masks, masks[..., 0, 0])
         # Positions are sines of coordinates times frequencies: half precision would ruin them.
         with torch.autocast(neck.device.type, enabled=False):
             position = self.prompt_encoder.get_dense_pe()[0].to(neck.dtype)
-            groups = [(place, group.image_index, self._embed(group)) for place, group in same_tokens(prompts)]
-        if prompts.masks is None:
+            groups = [(place, group, self._embed(group)) for place, group in same_tokens(prompts)]
+        if not all(group.has_mask[0] for _, group, _ in groups):
             shared = share_images(self.mask_decoder, neck, self.prompt_encoder.no_mask_embed.weight, position)
         outputs = []
-        for place, index, sparse in groups:
-            if prompts.masks is not None:
-                dense = self.prompt_encoder.mask_downscaling(prompts.masks[place].unsqueeze(1).to(neck.dtype))
-                shared = share_images(self.mask_decoder, neck[index], dense.flatten(2).mT, position)
-                index = torch.arange(len(index), device=index.device)
-            outputs.append(decode(self.mask_decoder, shared, index, sparse, multimask))
+        for _, group, sparse in groups:
+            index = group.image_index
+            if group.has_mask[0]:
+                dense = self.prompt_encoder.mask_downscaling(group.masks.unsqueeze(1).to(neck.dtype))
+                alone = share_images(self.mask_decoder, neck[index], dense.flatten(2).mT, position)
+                own = torch.arange(len(index), device=index.device)
+                outputs.append(self._decode(alone, own, sparse, multimask, levels, index))
+            else:
+                outputs.append(self._decode(shared, index, sparse, multimask, levels, index))
         if len(outputs) == 1:
             return outputs[0]
         order = torch.cat([place for place, _, _ in groups]).argsort()
         return Masks(*(torch.cat(parts)[order] for parts in zip(*outputs, strict=True)))
+
+    def _decode(
+        self,
+        images: SharedImages,
+        index: Int[Tensor, "P"],
+        sparse: Float[Tensor, "P K C"],
+        multimask: bool,
+        levels: Levels,
+        image_index: Int[Tensor, "P"],
+    ) -> Masks:
+        """`index` names prompts' images in `images`, `image_index` in `levels`."""
+        if self.hq is None:
+            return decode(self.mask_decoder, images, index, sparse, multimask)
+        detail = levels["detail"][image_index]
+        return decode_hq(self.mask_decoder, images, index, sparse, multimask, detail, self.hq)
 
     def _embed(self, prompts: Prompts) -> Float[Tensor, "P K C"]:
         """The tokens of prompts that have equally many points and all a box or none."""
@@ -87,47 +130,59 @@ class Top(nn.Module):
 
 
 def same_tokens(prompts: Prompts) -> Iterator[tuple[Int[Tensor, "Q"], Prompts]]:
-    """Split prompts by their number of points and by having a box, each part with its places.
+    """Split prompts by their number of points and by having a box and a mask, each part with its places.
 
     Prompts of unequal token counts could share a tensor only with padding, and padding attends.
     """
-    signature = 2 * prompts.offsets.diff() + prompts.has_box
+    signature = 4 * prompts.offsets.diff() + 2 * prompts.has_box + prompts.has_mask
     for value in signature.unique().tolist():
         place = (signature == value).nonzero()[:, 0]
         yield place, prompts.select(place)
 
 
-def load_top(name: str, checkpoint: Path | None = None, input_size: int | None = None) -> Top:
-    """The untouched top of model `name`; arguments and errors are those of `load_encoder`."""
+def load_top(
+    name: str, checkpoint: Path | None = None, input_size: int | None = None, hq: HqOutput | None = None, seed: int = 0
+) -> Top:
+    """The untouched top of model `name`; arguments and errors are those of `load_encoder`.
+
+    With `hq` it has HQ-SAM's head: the file's, or a fresh one drawn from `seed` where it has none.
+    """
     size = size_of(name)
     state = load_state(size, checkpoint)
     top = {key: tensor for key, tensor in state.items() if not key.startswith("image_encoder.")}
-    return Top(size.at(input_size), top)
+    return Top(size.at(input_size), fresh_head(size, seed) | top, hq)
+
+
+def add_head(top: Top, hq: HqOutput, seed: int) -> Top:
+    """The same top with a fresh HQ head, drawn from `seed`."""
+    return Top(top.size, fresh_head(top.size, seed) | top.state_dict(), hq)
 
 
 def freeze(network: nn.Module, train: set[str], mask_prompts: bool = False) -> None:
     """Let gradients reach only the parts named in `train`, out of `PARTS`.
 
-    The layers that embed a mask prompt are trained only with `mask_prompts`: a parameter that can get
-    no gradient must not be trained.
+    What can get no gradient must not be trained: the layers that embed a mask prompt without
+    `mask_prompts`, and those that make SAM's masks where the HQ head alone answers.
     """
+    unreached = [] if mask_prompts else ["prompt_encoder.mask_downscaling."]
+    unreached += ["mask_decoder.output_hypernetworks_mlps."] if network.hq == "hq" else []
     for name, parameter in network.named_parameters():
         trained = "adapter" in train if ".low_rank_" in name else not train.isdisjoint(parts_of(name))
-        if name.startswith("prompt_encoder.mask_downscaling."):
-            trained = trained and mask_prompts
-        parameter.requires_grad_(trained)
+        parameter.requires_grad_(trained and not name.startswith(tuple(unreached)))
 
 
 def parts_of(name: str) -> tuple[str, ...]:
     """The parts a parameter belongs to: one, except that `no-mask` is within `prompt`."""
-    nearest = max((part for part, start in PARTS.items() if name.startswith(start)), key=lambda part: len(PARTS[part]))
+    starts = [(len(start), part) for part, found in PARTS.items() for start in found if name.startswith(start)]
+    nearest = max(starts)[1]
     return ("prompt", "no-mask") if nearest == "no-mask" else (nearest,)
 
 
 def top_to_bytes(top: Top) -> bytes:
     """A safetensors file of the weights that says which model they are."""
     # One metadata entry: safetensors writes several in random order.
-    identity = json.dumps({"size": top.size.name, "input_size": top.size.input_size})
+    head = {} if top.hq is None else {"hq": top.hq}
+    identity = json.dumps({"size": top.size.name, "input_size": top.size.input_size} | head)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in top.state_dict().items()}
     return safetensors.torch.save(state, metadata={"samcache": identity})
 
@@ -137,7 +192,8 @@ def top_from_bytes(blob: bytes) -> Top:
     try:
         header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
         identity = json.loads(header["__metadata__"]["samcache"])
-        return Top(size_of(identity["size"]).at(identity["input_size"]), safetensors.torch.load(blob))
+        size = size_of(identity["size"]).at(identity["input_size"])
+        return Top(size, safetensors.torch.load(blob), identity.get("hq"))
     except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         problem = " ".join(str(error).split())
         raise CheckpointError(f"no SAM top in these {len(blob)} bytes: {problem}; read them again") from None

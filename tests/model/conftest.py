@@ -78,6 +78,7 @@ def make_prompts() -> Callable[..., Prompts]:
             offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
             boxes_xyxy_input=corners.flatten(1),
             has_box=torch.tensor([box for _, _, box in specs], dtype=torch.bool),
+            has_mask=torch.zeros(len(specs), dtype=torch.bool),
             chance=torch.rand(len(specs), 2, generator=generator),
         )
 
@@ -95,7 +96,7 @@ def decode_one_by_one() -> Callable[[Top, Tensor, Prompts, bool], tuple[Tensor, 
             points = (prompt.points_xy_input[None], prompt.labels[None]) if len(prompt.labels) else None
             boxes = prompt.boxes_xyxy_input if prompt.has_box[0] else None
             sparse, dense = top.prompt_encoder(
-                points=points, boxes=boxes, masks=None if prompt.masks is None else prompt.masks[:, None]
+                points=points, boxes=boxes, masks=prompt.masks[:, None] if prompt.has_mask[0] else None
             )
             masks, iou = top.mask_decoder(
                 image_embeddings=neck[prompt.image_index],

@@ -46,8 +46,10 @@ def test_every_format_gives_the_same_model(tiny_state, tmp_path):
 
 def test_keys_and_shapes_must_fit(tiny_state, tmp_path):
     path = tmp_path / "a.pth"
-    extra = refused(save({**tiny_state, "mask_decoder.hf_token.weight": torch.zeros(1, 32)}, path))
-    assert "1 unexpected, first mask_decoder.hf_token.weight" in extra
+    extra = refused(save({**tiny_state, "mask_decoder.other.weight": torch.zeros(1, 32)}, path))
+    assert "1 unexpected, first mask_decoder.other.weight" in extra
+    piece = refused(save({**tiny_state, "mask_decoder.hf_token.weight": torch.zeros(1, 32)}, path))
+    assert "missing, first mask_decoder.hf_mlp.layers.0.weight" in piece
     lacking = {key: tensor for key, tensor in tiny_state.items() if "neck" not in key}
     assert "6 missing, first image_encoder.neck.0.weight" in refused(save(lacking, path))
     misshaped = {**tiny_state, "image_encoder.pos_embed": torch.zeros(1, 7, 7, 32)}

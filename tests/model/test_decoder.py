@@ -76,7 +76,8 @@ def test_batch_equals_upstream_prompt_by_prompt(tiny_top, neck, prompts, multima
 @pytest.mark.parametrize("multimask", [False, True])
 def test_mask_prompts_equal_upstream(tiny_top, neck, prompts, multimask, decode_one_by_one, relative):
     """Each of these prompts sees an image of its own; none of them is lost, and the mask layers learn."""
-    prompts = replace(prompts, masks=3 * torch.randn(len(SPECS), SIZE.mask_size, SIZE.mask_size))
+    everyone = torch.ones(len(SPECS), dtype=torch.bool)
+    prompts = replace(prompts, masks=3 * torch.randn(len(SPECS), SIZE.mask_size, SIZE.mask_size), has_mask=everyone)
     neck.requires_grad_()
     expected = decode_one_by_one(tiny_top, neck, prompts, multimask)
     found = tiny_top({"neck": neck}, prompts, multimask)
@@ -87,6 +88,16 @@ def test_mask_prompts_equal_upstream(tiny_top, neck, prompts, multimask, decode_
     for key, grad in grads[1].items():
         if grad is not None and not key.endswith("k_proj.bias"):
             assert (grads[0][key] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, key
+
+
+def test_prompts_with_and_without_masks_share_a_batch(tiny_top, neck, prompts, decode_one_by_one, relative):
+    some = torch.arange(len(SPECS)) % 2 == 0
+    masks = 3 * torch.randn(len(SPECS), SIZE.mask_size, SIZE.mask_size)
+    masks[~some] = torch.nan  # what lies there must not matter
+    prompts = replace(prompts, masks=masks, has_mask=some)
+    expected = decode_one_by_one(tiny_top, neck, prompts, False)
+    found = tiny_top({"neck": neck}, prompts, False)
+    assert relative(found.logits, expected[0]) < 1e-5
 
 
 def test_equals_upstream_to_double_precision(tiny_top, neck, prompts, decode_one_by_one, relative):

@@ -41,6 +41,31 @@ def test_batch_equals_upstream_image_by_image(encoder, upstream, pixels, relativ
     assert relative(levels["neck"], encode_upstream(upstream, pixels)) < 1e-5
 
 
+@torch.no_grad()
+def test_early_level_is_what_leaves_the_first_global_block(encoder, upstream, pixels, relative):
+    early = []
+    block = upstream.image_encoder.blocks[SIZE.global_blocks[0]]
+    block.register_forward_hook(lambda module, inputs, output: early.append(output.permute(0, 3, 1, 2)))
+    encode_upstream(upstream, pixels)
+    both = load_encoder("tiny", levels=("neck", "early"))
+    both.vit.load_state_dict(encoder.vit.state_dict())
+    levels = both(pixels, CONTENT)
+    assert list(levels) == list(both.levels) == ["neck", "early"]
+    assert {name: tuple(level.shape[1:]) for name, level in levels.items()} == both.levels
+    assert relative(levels["early"], torch.cat(early)) < 1e-5
+    assert torch.equal(levels["neck"], encoder(pixels, CONTENT)["neck"])
+
+
+@pytest.mark.parametrize(("name", "block", "width"), [("vit_b", 2, 768), ("vit_l", 5, 1024), ("vit_h", 7, 1280)])
+def test_early_levels_of_the_released_models(name, block, width):
+    assert (SIZES[name].global_blocks[0], SIZES[name].width) == (block, width)
+
+
+def test_an_unknown_level_is_refused():
+    with pytest.raises(UsageError, match="level 'late': an encoder has neck and early"):
+        load_encoder("tiny", levels=("neck", "late"))
+
+
 def test_swapped_relative_positions_are_seen(encoder, upstream, pixels, relative):
     expected = encode_upstream(upstream, pixels)
     for block in encoder.vit.blocks:

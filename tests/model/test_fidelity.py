@@ -77,6 +77,7 @@ def prompt_of(predictor: SamPredictor, points: bool, box: bool) -> Prompts:
         offsets=torch.tensor([0, 2 * points]),
         boxes_xyxy_input=torch.tensor(to_input.apply_boxes(BOX[None], predictor.original_size)).float(),
         has_box=torch.tensor([box]),
+        has_mask=torch.tensor([False]),
         chance=torch.zeros(1, 2),
     )
 

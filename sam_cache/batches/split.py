@@ -11,11 +11,12 @@ HELD_OUT_SPLITS = ("val", "test")
 def is_held_out(image_ids: np.ndarray, splits: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     """A boolean per image. Named splits decide where there are both kinds; else a hash of id and seed.
 
-    Splits whose name holds `val` or `test` are held out. The hash depends on seed and image id alone, so
+    Splits whose name holds `val` or `test` are held out; of a set's split, such as `train/ecssd-test`, what
+    stands before the slash decides. The hash depends on seed and image id alone, so
     all views of an image fall on one side, and a dataset that grows keeps its sides, unless it was so
     small that none fell under `fraction` and the nearest was taken.
     """
-    named = np.array([any(name in split.lower() for name in HELD_OUT_SPLITS) for split in splits], dtype=bool)
+    named = np.array([_is_named_held_out(split) for split in splits], dtype=bool)
     if named.any() and not named.all():
         return named
     drawn = np.array([_uniform(image_id, seed) for image_id in image_ids.tolist()])
@@ -23,6 +24,11 @@ def is_held_out(image_ids: np.ndarray, splits: Sequence[str], fraction: float, s
     if fraction > 0 and len(drawn) > 1 and not held_out.any():
         held_out[drawn.argmin()] = True  # few images: an evaluation on none would say nothing
     return held_out
+
+
+def _is_named_held_out(split: str) -> bool:
+    part = split.partition("/")[0].lower()
+    return any(name in part for name in HELD_OUT_SPLITS)
 
 
 def _uniform(image_id: int, seed: int) -> float:

@@ -1,16 +1,17 @@
 """The dataset formats by name."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sam_cache.data.coco import open_coco
 from sam_cache.data.dataset import Dataset
 from sam_cache.data.lvis import open_lvis
 from sam_cache.data.mask_folder import open_masks
+from sam_cache.data.pairs import Pair, open_pairs
 from sam_cache.data.synthetic import open_synthetic
 from sam_cache.errors import DatasetError
 
-DATASETS = ("coco", "lvis", "masks", "synthetic")
+DATASETS = ("coco", "lvis", "masks", "pairs", "synthetic")
 
 
 def open_dataset(
@@ -25,6 +26,8 @@ def open_dataset(
     objects_per: str = "class",
     ignore_values: Collection[int] | None = None,
     classes: Collection[int] | None = None,
+    pairs: Sequence[Pair] = (),
+    mask_maximum: int = 255,
     limit: int | None = None,
     count: int = 200,
     seed: int = 0,
@@ -45,6 +48,8 @@ def open_dataset(
                 raise DatasetError("no images or masks given: --images DIR with --masks DIR, or --root DIR")
             images, masks = images or root / "images", masks or root / "masks"
             return open_masks(images, masks, mask_pattern, objects_per, ignore_values, limit, classes)
+        case "pairs":
+            return open_pairs(pairs, limit, mask_maximum, mask_pattern)
         case "synthetic":
             return open_synthetic(count if limit is None else min(count, limit), seed, size)
     raise DatasetError(f"unknown dataset format {kind!r}; choose one of {', '.join(DATASETS)}")

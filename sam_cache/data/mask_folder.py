@@ -7,23 +7,20 @@ Three kinds of mask are understood, and told apart by looking at a sample of the
 - one binary file per object, where the pattern's file name has a `*`.
 """
 
-import io
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from sam_cache.data.dataset import Dataset
-from sam_cache.data.decode import FORMATS
+from sam_cache.data.mask_files import count_sample, look, read_mask, read_size, shorten, values_of
 from sam_cache.data.pairing import has_many_files, pair_folders
-from sam_cache.data.paths import name_to_id, read_inside, resolve_inside
+from sam_cache.data.paths import name_to_id, read_inside
 from sam_cache.data.rle import mask_to_rle, measure_rle
 from sam_cache.errors import DatasetError, UsageError
 from sam_cache.types import ImageRecord, ObjectRecord
 
-SAMPLE = 64  # masks looked at, evenly spaced, to tell what kind they are
 VOID = frozenset({0, 255})  # background, and what VOC, ADE20K and Cityscapes call void
 
 
@@ -52,7 +49,7 @@ def open_masks(
     declared = None if classes is None else frozenset(classes)
     void = VOID - (declared or frozenset()) if ignore_values is None else frozenset(ignore_values)
     if declared and declared & void:
-        raise UsageError(f"mask values {_shorten(declared & void)}: both --classes and --ignore-values; take one out")
+        raise UsageError(f"mask values {shorten(declared & void)}: both --classes and --ignore-values; take one out")
     paired, notes = pair_folders(images, masks, pattern)
     names = list(paired)[:limit]
     many = has_many_files(pattern)
@@ -63,10 +60,12 @@ def open_masks(
         if not many and len(paired[name]) > 1
     ]
 
-    foreground, notes[:0] = _recognise(masks, kept, many, indices=not (ignore_values is None and declared is None))
+    foreground, notes[:0] = _recognise(
+        masks, kept, many, void, indices=not (ignore_values is None and declared is None)
+    )
     categories = {1: "object"} if foreground else {value: str(value) for value in sorted(declared or ())}
     records = [
-        ImageRecord(name_to_id(name), name, *_read_size(masks, files[0]))
+        ImageRecord(name_to_id(name), name, *read_size(masks, files[0]))
         for name, files in zip(names, kept, strict=True)
     ]
 
@@ -98,10 +97,13 @@ def open_masks(
     )
 
 
-def _recognise(masks: Path, files: Sequence[Sequence[str]], many: bool, indices: bool) -> tuple[int, list[str]]:
+def _recognise(
+    masks: Path, files: Sequence[Sequence[str]], many: bool, void: frozenset[int], indices: bool
+) -> tuple[int, list[str]]:
     """The value that is foreground in binary masks, 0 for class indices; and a note that says so.
 
-    `indices` says that they are class indices, so that no look decides it.
+    `indices` says that they are class indices, so that no look decides it; `void` are the values that
+    are no object in these.
     """
     if many and indices:
         raise DatasetError(
@@ -109,35 +111,28 @@ def _recognise(masks: Path, files: Sequence[Sequence[str]], many: bool, indices:
             "leave out --classes and --ignore-values, or the * of --mask-pattern"
         )
     every = [file for group in files for file in group]
-    sample = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, SAMPLE).astype(int))]
+    background = void if indices else {0}
     values: set[int] = set()
-    for file in sample:
-        try:
-            mask = _read_mask(masks, file)
-        except DatasetError:
-            continue  # it is reported when its objects are asked for
-        values.update(_values_of(mask))
+    for file, mask in look(
+        masks, every, lambda file: _read_mask(masks, file), lambda mask: not values_of(mask) <= background
+    ):
+        values.update(values_of(mask))
         if _is_nearly_binary(mask):
             raise DatasetError(
                 f"{masks / file}: grey levels near 0 and 255, neither binary nor class index (saved as JPEG?); "
                 "threshold the masks at 128 and save them as PNG"
             )
-    what = f"looked at {len(sample)} of {len(every)}"
+    what = count_sample(every)
     if not indices and values <= {0, 255} and 255 in values:
         return 255, [f"masks are binary 0/255 ({what})"]
     if not indices and values <= {0, 1}:
         return 1, [f"masks are binary 0/1 ({what})"]
     if many:
         raise DatasetError(
-            f"{masks}: masks of one file per object must be 0/1 or 0/255, but values are {_shorten(values)}; "
+            f"{masks}: masks of one file per object must be 0/1 or 0/255, but values are {shorten(values)}; "
             "save them as binary masks"
         )
-    return 0, [f"masks are class indices ({what}, values {_shorten(values)})"]
-
-
-def _shorten(values: Collection[int]) -> str:
-    first = sorted(values)[:8]
-    return ", ".join(map(str, first)) + (", ..." if len(values) > len(first) else "")
+    return 0, [f"masks are class indices ({what}, values {shorten(values)})"]
 
 
 def _is_nearly_binary(mask: np.ndarray) -> bool:
@@ -149,54 +144,26 @@ def _is_nearly_binary(mask: np.ndarray) -> bool:
     return np.count_nonzero(counts) > 8 and counts[240:255].any() and near > 0.9 * mask.size
 
 
-def _read_size(masks: Path, file: str) -> tuple[int, int]:
-    try:
-        with Image.open(resolve_inside(masks, file), formats=FORMATS) as header:
-            return header.size[::-1]
-    except Exception:  # as many kinds as Pillow has formats; the mask is reported when its objects are asked for
-        return 0, 0
-
-
 def _read_mask(masks: Path, file: str) -> np.ndarray:
-    """The values (H, W) of a mask file. Pillow, because OpenCV turns palette entries into colours."""
-    data = read_inside(masks, file)
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            values = np.asarray(image)
-    except Exception as error:
-        raise DatasetError(f"damaged or not an image ({error})") from None
-    if values.dtype == bool:
-        values = values.astype(np.uint8)
-    if values.ndim == 3:
-        grey = values[:, :, 0]
-        if values.shape[2] >= 3 and not (values[:, :, :3] == grey[:, :, None]).all():
-            raise DatasetError("is a colour picture; save class indices as grey or palette PNG")
-        values = grey
-    if not np.issubdtype(values.dtype, np.integer):
-        raise DatasetError(f"holds {values.dtype}; save class indices as grey or palette PNG")
-    return values
-
-
-def _values_of(mask: np.ndarray) -> set[int]:
-    values = np.unique(mask) if mask.dtype.itemsize > 2 else np.flatnonzero(np.bincount(mask.ravel()))
-    return set(values.tolist())
+    values = read_mask(masks, file)
+    return values.astype(np.uint8) if values.dtype == bool else values
 
 
 def _split_values(
     mask: np.ndarray, foreground: int, void: frozenset[int], declared: frozenset[int] | None
 ) -> list[tuple[int, np.ndarray]]:
     """(category, region) for each object value in the mask."""
-    values = _values_of(mask)
+    values = values_of(mask)
     if foreground:
         if not values <= {0, foreground}:
             raise DatasetError(
-                f"values {_shorten(values)}, where other masks have only 0 and {foreground}; "
+                f"values {shorten(values)}, where other masks have only 0 and {foreground}; "
                 "if they are class indices, give --classes or --ignore-values"
             )
         return [(1, mask == foreground)] if foreground in values else []
     if declared is not None and not values <= declared | void:
         raise DatasetError(
-            f"holds {_shorten(values - declared - void)}, neither a declared class nor ignored; "
+            f"holds {shorten(values - declared - void)}, neither a declared class nor ignored; "
             "add it to --classes or --ignore-values, or correct the mask"
         )
     return [(value, mask == value) for value in sorted(values - void)]

@@ -27,13 +27,24 @@ def pair_masks(images: Sequence[str], masks: Sequence[str], pattern: str) -> lis
 def pair_folders(images: Path, masks: Path, pattern: str) -> tuple[dict[str, list[str]], list[str]]:
     """Each image below `images` that has masks below `masks`, with those; and notes about what has no partner.
 
-    What is the mask of one image is never itself an image, so both may share a folder.
+    What is the mask of one image is never itself an image, so both may share a folder. Where two files
+    could each be the other's mask, such as a.jpg and a.png of one folder, the JPEG is the image.
     """
     # Whole paths tell whether an image and a mask are one file; as text, for there may be a million.
     image_files, mask_files = list_files(images), list_files(masks)
     matches = zip(image_files, pair_masks(list(image_files), list(mask_files), pattern), strict=True)
     found = {image: [mask for mask in group if mask_files[mask] != image_files[image]] for image, group in matches}
+    partners = {image_files[image]: {mask_files[mask] for mask in group} for image, group in found.items()}
+
+    def is_reversed(image: str, mask: str) -> bool:
+        return _is_jpeg(mask) and not _is_jpeg(image) and image in partners.get(mask, ())
+
+    found = {
+        image: [mask for mask in group if not is_reversed(image_files[image], mask_files[mask])]
+        for image, group in found.items()
+    }
     taken = {mask_files[mask] for group in found.values() for mask in group}
+    claimed = [image for image in found if image_files[image] in taken]
     found = {image: group for image, group in found.items() if image_files[image] not in taken}
     pairs = {image: group for image, group in found.items() if group}
     if not pairs:
@@ -44,9 +55,15 @@ def pair_folders(images: Path, masks: Path, pattern: str) -> tuple[dict[str, lis
     lonely_images = [image for image in found if image not in pairs]
     others = taken | {image_files[image] for image in found}
     lonely_masks = [mask for mask, file in mask_files.items() if file not in others and _may_be_mask(mask, pattern)]
+    used = {mask_files[mask] for group in pairs.values() for mask in group}
+    mutual = [image for image in claimed if image_files[image] not in used]
     notes = [
         f"{len(names)} {what}, left out: {', '.join(names)}"
-        for what, names in (("images without a mask", lonely_images), ("masks without an image", lonely_masks))
+        for what, names in (
+            ("images without a mask", lonely_images),
+            ("masks without an image", lonely_masks),
+            ("files that could be each other's mask (--mask-pattern tells which is)", mutual),
+        )
         if names
     ]
     return pairs, notes
@@ -65,6 +82,10 @@ def check_pattern(pattern: str) -> None:
 def has_many_files(pattern: str) -> bool:
     """Whether the pattern asks for one file per object: a `*` that is more than the suffix."""
     return "*" in pattern.removesuffix(".*")
+
+
+def _is_jpeg(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg")
 
 
 def _may_be_mask(name: str, pattern: str) -> bool:

@@ -48,6 +48,10 @@ class Scores:
         types = (str, np.int64, np.int64, *[np.float64] * 5)
         return cls(*(np.asarray(column, dtype) for column, dtype in zip(columns, types, strict=True)))
 
+    def select(self, chosen: np.ndarray) -> "Scores":
+        """Those scores that a boolean (N,) or an index says, in its order."""
+        return Scores(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
     def __len__(self) -> int:
         return len(self.iou)
 
@@ -91,8 +95,7 @@ def compare(tuned: Scores, untouched: Scores, seed: int = 0, resamples: int = 10
 
 
 def _in_order(scores: Scores) -> Scores:
-    order = np.lexsort((scores.object, scores.image, scores.kind))
-    return Scores(*(getattr(scores, field.name)[order] for field in fields(Scores)))
+    return scores.select(np.lexsort((scores.object, scores.image, scores.kind)))
 
 
 def _by_kind_and_size(scores: Scores, values: dict[str, np.ndarray], seed: int, resamples: int) -> dict:

@@ -87,6 +87,9 @@ class LiveData:
                 for kind in kinds
             ]
 
+    def looks(self, rows: np.ndarray) -> None:
+        """None: a row is an image, augmented anew at every visit."""
+
     def categories_of(self, rows: np.ndarray) -> list[np.ndarray]:
         found = []
         if (tell := self.dataset.tell_categories) is not None:
@@ -123,6 +126,9 @@ class LiveData:
         except (ImageError, OSError) as error:
             say(f"overlay of row {row} is drawn on grey: {error}")
             return np.full((record.height, record.width, 3), 96, np.uint8)
+
+    def sets_of(self, rows: np.ndarray) -> list[str]:
+        return [self.dataset.images[row].split.partition("/")[2] for row in rows.tolist()]
 
     def names(self, rows: np.ndarray) -> list[str]:
         return [f"{self.dataset.images[row].id} {self.dataset.images[row].path}" for row in rows.tolist()]

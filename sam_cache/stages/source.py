@@ -6,8 +6,8 @@ import numpy as np
 
 from sam_cache import config
 from sam_cache.config import DatasetKnobs
-from sam_cache.data import Dataset, decode, open_dataset
-from sam_cache.errors import SamcacheError
+from sam_cache.data import WHOLE, Dataset, Pair, decode, open_dataset, parse_pair, parse_views
+from sam_cache.errors import SamcacheError, UsageError
 from sam_cache.stages.progress import say
 from sam_cache.store import EmbeddingStore
 
@@ -22,7 +22,7 @@ def dataset_arguments(cfg: DatasetKnobs) -> dict:
         return path if path is None or cfg.root is None else cfg.root / path
 
     root = cfg.root
-    if root is None and cfg.images is None and cfg.dataset != "synthetic":
+    if root is None and cfg.images is None and cfg.dataset not in ("pairs", "synthetic"):
         root = config.home() / "data" / cfg.dataset
     return {
         "kind": cfg.dataset,
@@ -35,17 +35,37 @@ def dataset_arguments(cfg: DatasetKnobs) -> dict:
         "objects_per": cfg.objects_per,
         "classes": cfg.classes,
         "ignore_values": cfg.ignore_values,
+        "pairs": pairs_of(cfg),
+        "mask_maximum": cfg.mask_maximum,
         "count": cfg.scenes,
         "seed": cfg.scene_seed,
         "limit": cfg.limit,
     }
 
 
+def pairs_of(cfg: DatasetKnobs) -> list[Pair]:
+    """The sets of --pairs and then those of --val-pairs. Raises UsageError where an entry or its company is wrong."""
+    pairs = [parse_pair(text, "train", cfg.root) for text in cfg.pairs or ()]
+    pairs += [parse_pair(text, "val", cfg.root) for text in cfg.val_pairs or ()]
+    if pairs and cfg.dataset != "pairs":
+        raise UsageError(
+            f"--pairs {pairs[0].name}=...: is for --dataset pairs, not {cfg.dataset}; say that, or leave it"
+        )
+    return pairs
+
+
+def where_of(cfg: DatasetKnobs) -> str:
+    """What a person calls the dataset: its format, and its folder or the names of its sets."""
+    if cfg.dataset == "pairs":
+        return f"pairs {', '.join(pair.split for pair in pairs_of(cfg))}"
+    return f"{cfg.dataset} {cfg.images or cfg.root or ''}".strip()
+
+
 class Pictures:
     """The images behind a store's rows, for people to look at; grey where the files are not at hand."""
 
     def __init__(self, store: EmbeddingStore):
-        self._images = store.images
+        self._images, self._views = store.images, parse_views(store.spec.views)
         self._intensity = store.spec.preprocessing["intensity"]
         self._records = {}
         knobs = store.object_attributes()["dataset"]  # of the newest images, and so of all
@@ -58,12 +78,23 @@ class Pictures:
             say(f"overlays are drawn on grey: {error}")
 
     def image(self, row: int) -> np.ndarray:
-        """uint8 RGB (H, W, 3) at the size the store knows."""
+        """What a row shows: uint8 RGB (H, W, 3) at the size the store knows."""
+        number = int(np.flatnonzero(self._images.rows == row)[0])
+        size = int(self._images.heights[number]), int(self._images.widths[number])
+        return self._draw(row, str(self._images.views[number]), size)
+
+    def whole(self, row: int, size: tuple[int, int]) -> np.ndarray:
+        """The image, of `size` (rows, columns), whatever the row shows of it."""
+        return self._draw(row, "identity", size)
+
+    def _draw(self, row: int, view: str, size: tuple[int, int]) -> np.ndarray:
         number = int(np.flatnonzero(self._images.rows == row)[0])
         record = self._records.get(int(self._images.ids[number]))
         if record is not None:
             try:
-                return decode(self._dataset.read(record), record, self._intensity).image
+                image = decode(self._dataset.read(record), record, self._intensity).image
+                shown = next((shown for shown in self._views.of(record) if shown.name == view), WHOLE)
+                return shown.show(image)
             except SamcacheError as error:
                 say(f"overlay of row {row} is drawn on grey: {error}")
-        return np.full((self._images.heights[number], self._images.widths[number], 3), 96, np.uint8)
+        return np.full((*size, 3), 96, np.uint8)

@@ -104,3 +104,14 @@ def test_size_limits():
     scores = Scores.of(ObjectScore("box", n, n, area, 1, 1, 1, 1) for n, area in enumerate(areas))
     sizes = summarise(scores, resamples=2)["box"]
     assert [sizes[size]["objects"] for size in ("small", "medium", "large")] == [1, 2, 1]
+
+
+def test_selected_scores_are_those_rows_of_every_column():
+    scores = draw(count=30)
+    chosen = scores.image < 7
+    some = scores.select(chosen)
+    assert len(some) == chosen.sum() > 0
+    assert some.object.tolist() == scores.object[chosen].tolist()
+    assert summarise(some, resamples=10)["box"]["all"]["iou"]["mean"] == pytest.approx(
+        scores.iou[chosen & (scores.kind == "box")].mean()
+    )

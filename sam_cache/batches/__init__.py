@@ -3,7 +3,7 @@
 from sam_cache.batches.annotations import Annotator, Sampling
 from sam_cache.batches.cached import CachedBatches, read_rows
 from sam_cache.batches.live import Example, LiveBatches, LiveImages, collate, usable_objects
-from sam_cache.batches.object_columns import object_columns
+from sam_cache.batches.object_columns import ViewCount, object_columns
 from sam_cache.batches.order import Cursor, Order, Visit
 from sam_cache.batches.pixels import PixelBatch, Preprocessing, pixel_batches
 from sam_cache.batches.split import is_held_out
@@ -19,6 +19,7 @@ __all__ = [
     "PixelBatch",
     "Preprocessing",
     "Sampling",
+    "ViewCount",
     "Visit",
     "collate",
     "is_held_out",

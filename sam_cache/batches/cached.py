@@ -17,7 +17,7 @@ class CachedBatches:
 
     Embeddings are read by the store's ring straight into reused tensors, prompts and targets are
     drawn in threads beside it. A batch's levels are valid until `keep` further batches were drawn.
-    `batch_size` counts the images of all ranks together.
+    `batch_size` counts the rows of all ranks together, `levels` are those to read.
     """
 
     def __init__(
@@ -27,6 +27,7 @@ class CachedBatches:
         order: Order,
         *,
         batch_size: int,
+        levels: Sequence[str] = ("neck",),
         ranks: Ranks = Ranks(),
         threads: int = 2,
         keep: int = 1,
@@ -35,7 +36,7 @@ class CachedBatches:
     ):
         self._store, self._annotator, self._order = store, annotator, order
         self._batch_size, self._ranks, self._threads = batch_size, ranks, threads
-        self._keep, self._pin = keep, pin
+        self._keep, self._pin, self._levels = keep, pin, levels
         self._cursor = cursor or Cursor()
 
     def state(self) -> dict[str, int]:
@@ -53,7 +54,7 @@ class CachedBatches:
 
         annotations = run_ahead(self._annotator.annotate, shares(), self._threads, ahead=2 * self._threads)
         ring = Ring(
-            self._store.reader(),
+            self._store.reader(self._levels),
             ([visit.row for visit in visits] for visits in shares()),
             depth=self._keep + 3,
             threads=self._threads,
@@ -71,10 +72,12 @@ class CachedBatches:
             yield batch
 
 
-def read_rows(store: EmbeddingStore, annotator: Annotator, rows: Sequence[int]) -> Iterator[Batch]:
+def read_rows(
+    store: EmbeddingStore, annotator: Annotator, rows: Sequence[int], levels: Sequence[str] = ("neck",)
+) -> Iterator[Batch]:
     """One batch for each of `rows` in turn, with all its objects; rows without objects are passed over."""
     rows = [row for row in rows if row in annotator]
     annotations = run_ahead(lambda row: annotator.annotate([Visit(int(row))]), rows, threads=1, ahead=2)
-    ring = Ring(store.reader(), ([row] for row in rows), threads=1)
-    for row, levels, found in zip(rows, ring, annotations, strict=True):
-        yield Batch(levels, found.prompts, found.targets, np.array([row]), found.objects)
+    ring = Ring(store.reader(levels), ([row] for row in rows), threads=1)
+    for row, filled, found in zip(rows, ring, annotations, strict=True):
+        yield Batch(filled, found.prompts, found.targets, np.array([row]), found.objects)

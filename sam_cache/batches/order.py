@@ -37,20 +37,35 @@ class Order:
     """Visits `rows` in epochs, each row `repeats` times in one, once unless given.
 
     A fraction of `repeats` is a chance: 1.25 is one turn, and in a quarter of the epochs a second one.
+
+    `looks` (N, 2) groups rows that show the same image: row i belongs to look `looks[i, 1]` at image
+    `looks[i, 0]`. Of an image's looks each epoch draws one, all of them equally often, and visits its rows
+    alone.
     """
 
-    def __init__(self, rows: np.ndarray, seed: int, repeats: np.ndarray | None = None):
+    def __init__(self, rows: np.ndarray, seed: int, repeats: np.ndarray | None = None, looks: np.ndarray | None = None):
         self.rows, self.seed = rows, seed
         self._repeats = np.ones(len(rows)) if repeats is None else repeats
+        self._image = self._look = self._looks = None
+        if looks is not None and len(rows):
+            pairs, pair = np.unique(looks, axis=0, return_inverse=True)  # sorted by image
+            _, first, self._looks = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+            place = pair.reshape(-1)
+            self._image = np.repeat(np.arange(len(first)), self._looks)[place]
+            self._look = place - first[self._image]
 
     def __len__(self) -> int:
         """Visits in an epoch, on average."""
-        return round(self._repeats.sum())
+        share = 1 if self._looks is None else 1 / self._looks[self._image]
+        return round((self._repeats * share).sum())
 
     def epoch(self, epoch: int) -> list[Visit]:
         """The visits of one epoch in their order."""
         random = np.random.default_rng((self.seed, epoch))
         turns = np.floor(self._repeats + (random.random(len(self.rows)) if (self._repeats % 1).any() else 0))
+        if self._looks is not None:
+            drawn = (random.random(len(self._looks)) * self._looks).astype(int)
+            turns *= self._look == drawn[self._image]
         visits = [
             Visit(row, epoch, number)
             for row, count in zip(self.rows.tolist(), turns.astype(int).tolist(), strict=True)

@@ -8,6 +8,7 @@ from sam_cache.data.decode import Decoded, decode
 from sam_cache.data.formats import open_dataset
 from sam_cache.data.geometry import Geometry
 from sam_cache.data.image_folder import open_images
+from sam_cache.data.pairs import Pair, parse_pair
 from sam_cache.data.pixels import to_pixels
 from sam_cache.data.points import DeterministicPoints, deterministic_points
 from sam_cache.data.prompts import (
@@ -20,6 +21,7 @@ from sam_cache.data.prompts import (
 )
 from sam_cache.data.rle import mask_to_rle, measure_rle, rle_to_mask
 from sam_cache.data.targets import coverage, valid_coverage
+from sam_cache.data.views import WHOLE, View, Views, parse_views
 
 __all__ = [
     "KINDS",
@@ -30,7 +32,11 @@ __all__ = [
     "DeterministicPoints",
     "Geometry",
     "MaskCrop",
+    "Pair",
     "PromptMixture",
+    "View",
+    "Views",
+    "WHOLE",
     "augment",
     "coverage",
     "crop_rle",
@@ -43,7 +49,9 @@ __all__ = [
     "open_dataset",
     "open_images",
     "parse_augmentation",
+    "parse_pair",
     "parse_prompts",
+    "parse_views",
     "rle_to_mask",
     "sample_prompts",
     "to_pixels",

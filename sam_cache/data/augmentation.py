@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from sam_cache.data.move import Move, as_array, as_picture, zoom
 from sam_cache.data.rle import mask_to_rle, rle_to_mask
 from sam_cache.errors import UsageError
 
@@ -26,8 +26,6 @@ FORMS = {"hflip": "hflip:0.3", "vflip": "vflip:0.3", "jitter": "jitter:0.1-2.0",
 
 NUMBER = r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
 SYNTAX = {name: re.compile(f"{NUMBER}-{NUMBER}" if name == "jitter" else NUMBER) for name in FORMS}
-
-PADDING = 128  # the grey around a shrunken image, as in HQ-SAM
 
 ADJUSTMENTS = (
     transforms.adjust_brightness,
@@ -126,12 +124,11 @@ def augment(
     """
     height, width = image.shape[:2]
     move, colours = _draw(height, width, random, augmentation)
-    # PyTorch takes neither read-only arrays, such as Pillow's, nor mirrored ones.
-    pixels = tv_tensors.Image(torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1))
+    pixels = as_picture(image)
     for adjust, factor in colours:  # before the move, so that the padding keeps its grey
         pixels = adjust(pixels, factor)
-    new_image = np.ascontiguousarray(move.apply(pixels).permute(1, 2, 0).numpy())
-    if move.rests:
+    new_image = as_array(move.apply(pixels))
+    if move.rests(height, width):
         return new_image, list(masks), list(range(len(masks)))
 
     kept, new_masks = [], []
@@ -143,60 +140,7 @@ def augment(
     return new_image, new_masks, kept
 
 
-@dataclass(frozen=True)
-class _Move:
-    """Where each pixel goes: drawn once, then done to the image and to every mask alike.
-
-    After the flips and the `quarters` of a turn, counter-clockwise, the `window` (top, left, rows,
-    columns) is resized to `size` (rows, columns), and padded to the canvas.
-    """
-
-    mirror: bool
-    upend: bool
-    quarters: int
-    window: tuple[int, int, int, int]
-    size: tuple[int, int]
-    canvas: tuple[int, int]
-
-    @property
-    def rests(self) -> bool:
-        """Whether every pixel stays where it is."""
-        still = not (self.mirror or self.upend or self.quarters)
-        return still and self.window == (0, 0, *self.canvas) and self.size == self.canvas
-
-    def apply(self, picture: tv_tensors.TVTensor) -> tv_tensors.TVTensor:
-        if self.mirror:
-            picture = transforms.horizontal_flip(picture)
-        if self.upend:
-            picture = transforms.vertical_flip(picture)
-        if self.quarters:
-            picture = transforms.rotate(picture, 90 * self.quarters, expand=True)
-        if self.window != (0, 0, *self.canvas):
-            picture = transforms.crop(picture, *self.window)
-        if self.size != self.window[2:]:
-            picture = _resize(picture, self.size)
-        if self.size != self.canvas:
-            right, below = self.canvas[1] - self.size[1], self.canvas[0] - self.size[0]
-            fill = 0 if isinstance(picture, tv_tensors.Mask) else PADDING
-            picture = transforms.pad(picture, [0, 0, right, below], fill=fill)
-        return picture
-
-
-def _resize(picture: tv_tensors.TVTensor, size: tuple[int, int]) -> tv_tensors.TVTensor:
-    """The image with antialiasing; of a mask the value at the middle of each new pixel.
-
-    torchvision's "nearest" takes the upper left corner instead, and so shifts a mask against its image by
-    up to half a pixel. In its older releases masks know nothing else; plain tensors always did.
-    """
-    if isinstance(picture, tv_tensors.Mask):
-        plain = picture.as_subclass(torch.Tensor)
-        return tv_tensors.wrap(transforms.resize(plain, size, InterpolationMode.NEAREST_EXACT), like=picture)
-    # Colours side by side: PyTorch's fast path, and the other one fails where a single pixel is left (2.15).
-    interleaved = tv_tensors.wrap(picture.permute(1, 2, 0).contiguous().permute(2, 0, 1), like=picture)
-    return transforms.resize(interleaved, size, InterpolationMode.BILINEAR, antialias=True)
-
-
-def _draw(height: int, width: int, random: Generator, augmentation: Augmentation) -> tuple[_Move, list[tuple]]:
+def _draw(height: int, width: int, random: Generator, augmentation: Augmentation) -> tuple[Move, list[tuple]]:
     """The move of an image of `height` x `width` pixels, and its (adjustment, factor)s of colour."""
     mirror, upend, turn, scale, down, across, *strengths = random.random(6 + len(ADJUSTMENTS)).tolist()
     order = random.permutation(len(ADJUSTMENTS)).tolist()
@@ -206,21 +150,10 @@ def _draw(height: int, width: int, random: Generator, augmentation: Augmentation
     window, size = (0, 0, *canvas), canvas
     if augmentation.jitter:
         low, high = augmentation.jitter
-        scale = low + (high - low) * scale
-        if scale < 1:
-            size = _scaled(canvas, scale)
-        else:
-            # A crop of the enlarged image, to a fraction of a pixel, without ever making that: it would
-            # cost the square of the scale, for the image and for each mask.
-            rows, columns = _scaled(canvas, 1 / scale)
-            window = (int(down * (canvas[0] - rows + 1)), int(across * (canvas[1] - columns + 1)), rows, columns)
-    move = _Move(mirror < augmentation.hflip, upend < augmentation.vflip, quarters, window, size, canvas)
+        window, size = zoom(canvas, low + (high - low) * scale, down, across)
+    move = Move(mirror < augmentation.hflip, upend < augmentation.vflip, quarters, window, size, canvas)
 
     spans = [augmentation.colour] * 3 + [augmentation.colour / 4]
     middles = [1, 1, 1, 0]
     factors = [middles[i] + spans[i] * (2 * strengths[i] - 1) for i in range(len(ADJUSTMENTS))]
     return move, [(ADJUSTMENTS[i], factors[i]) for i in order] if augmentation.colour else []
-
-
-def _scaled(canvas: tuple[int, int], scale: float) -> tuple[int, int]:
-    return max(1, round(canvas[0] * scale)), max(1, round(canvas[1] * scale))

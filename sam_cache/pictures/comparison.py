@@ -1,6 +1,7 @@
-"""What training changed, side by side on one image."""
+"""What several networks answer, side by side on one image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,17 +14,15 @@ INK, FAINT, PAPER = (25, 25, 25), (110, 110, 110), 255
 def comparison(
     image: np.ndarray,
     truth: Sequence[np.ndarray],
-    untouched: Sequence[np.ndarray],
-    tuned: Sequence[np.ndarray],
+    answers: Mapping[str, Sequence[np.ndarray]],
     points_xy_image: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     boxes_xyxy_image: np.ndarray | None = None,
-    untouched_iou: float | None = None,
-    tuned_iou: float | None = None,
+    ious: Mapping[str, float] = MappingProxyType({}),
     title: str = "",
     size: int = 480,
 ) -> np.ndarray:
-    """Four panels: image and prompts | ground truth | untouched SAM | tuned; an RGB uint8 picture.
+    """Panels: image and prompts | ground truth | one for each of `answers`, by its name; an RGB uint8 picture.
 
     Arguments are those of `draw_overlay`; mask n has one colour in all panels. The IoUs, shown in
     the captions, are whatever the caller means by them (the mean over the masks, as a rule).
@@ -31,14 +30,10 @@ def comparison(
     """
     pictures = [
         draw_overlay(image, (), points_xy_image, labels, boxes_xyxy_image, size=size),
-        *(draw_overlay(image, masks, size=size) for masks in (truth, untouched, tuned)),
+        *(draw_overlay(image, masks, size=size) for masks in (truth, *answers.values())),
     ]
-    captions = [
-        ("image and prompts", ""),
-        ("ground truth", ""),
-        ("untouched SAM", _iou_text(untouched_iou)),
-        ("tuned", _iou_text(tuned_iou)),
-    ]
+    captions = [("image and prompts", ""), ("ground truth", "")]
+    captions += [(name, f"IoU {ious[name]:.3f}" if name in ious else "") for name in answers]
     letters = max(13, size // 26)
     gap, line = letters, measure_text("", letters)[1]
     caption_height = 2 * line + gap // 2
@@ -59,7 +54,3 @@ def comparison(
         write_text(page, name, left, top + height + gap // 2, letters, INK, bold=True)
         write_text(page, note, left, top + height + gap // 2 + line, letters, FAINT)
     return page
-
-
-def _iou_text(iou: float | None) -> str:
-    return "" if iou is None else f"IoU {iou:.3f}"

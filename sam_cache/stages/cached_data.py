@@ -16,12 +16,14 @@ from sam_cache.batches import (
     object_columns,
     read_rows,
 )
-from sam_cache.data import PromptMixture, open_annotations
+from sam_cache.data import PromptMixture, View, mask_to_rle, measure_rle, open_annotations, rle_to_mask
 from sam_cache.errors import DatasetError, StoreError
 from sam_cache.stages.coco_format import coco_annotation, coco_image
 from sam_cache.stages.exam import Exam
 from sam_cache.stages.progress import Bar, say_some
 from sam_cache.stages.source import Pictures
+from sam_cache.stages.tiles import Tile, unite
+from sam_cache.stages.view_rows import ViewRows
 from sam_cache.store import OK, EmbeddingStore, StoreSpec, Table
 
 
@@ -29,7 +31,9 @@ from sam_cache.store import OK, EmbeddingStore, StoreSpec, Table
 class CachedData:
     """An opened store with the objects to use, and its readable rows with objects as `train` and `held_out`.
 
-    `categories` are those of the objects, as COCO lists them. It is a `stages.exam.Data`.
+    `categories` are those of the objects, as COCO lists them. `trainable` are the rows of all images in the
+    views to train on, `rows` one for each image in the view to evaluate; where that is in tiles (`tiled`), an
+    image's first tile stands for all of them. It is a `stages.exam.Data`.
     """
 
     store: EmbeddingStore
@@ -37,30 +41,57 @@ class CachedData:
     categories: list[dict]
     train: np.ndarray
     held_out: np.ndarray
+    trainable: np.ndarray
+    rows: np.ndarray
+    shows: ViewRows
+    tiled: bool
+    levels: tuple[str, ...]
 
     @classmethod
-    def open(cls, path: Path, *, annotations: Path | None, partial: bool, held_out: float, seed: int) -> "CachedData":
-        """Raises StoreError for a store with uncommitted shards, unless `partial`."""
+    def open(
+        cls,
+        path: Path,
+        *,
+        annotations: Path | None,
+        partial: bool,
+        held_out: float,
+        seed: int,
+        levels: tuple[str, ...] = ("neck",),
+        views: str | None = None,
+        view: str | None = None,
+    ) -> "CachedData":
+        """Train on `views`, all the store's unless given; evaluate on the kind `view`, see `ViewRows.examined`.
+
+        All views of an image are held out together. Raises StoreError for views that the store does not hold,
+        and for a store with uncommitted shards, unless `partial`.
+        """
         store = EmbeddingStore.open(path)
         if (missing := len(store.uncommitted())) and not partial:
             raise StoreError(
                 f"{path}: {missing} of {len(store.shards())} shards are not committed; run the same "
                 "`samcache embed` again to finish it, or use what is there with --partial"
             )
+        shows = ViewRows.of(store)
+        to_train, to_examine = shows.among(shows.check(views, str(path))), shows.examined(view, str(path))
         if annotations is None:
             objects, categories = store.objects(), store.object_attributes()["categories"]
         else:
-            objects, categories = objects_from(annotations, store)
+            objects, categories = objects_from(annotations, store.path, shows)
         images = store.images
-        useful = (store.row_states[images.rows] == OK) & np.isin(images.rows, objects["row"])
+        useful = np.flatnonzero((store.row_states[images.rows] == OK) & np.isin(images.rows, objects["row"]))
+        _, first, image = np.unique(shows.image[useful], return_index=True, return_inverse=True)
+        ones = useful[first]  # an entry of each image: it counts once, however many views there are
+        apart = is_held_out(images.ids[ones], images.splits[ones], held_out, seed)[image]
+        to_train, to_examine = to_train[useful], to_examine[useful]
+        tiled = bool((shows.kinds[useful][to_examine] == "tile").any())
+        if tiled:
+            examined = np.flatnonzero(to_examine)
+            to_examine[examined] = np.diff(image[examined], prepend=-1) > 0
         rows = images.rows[useful]
-        apart = is_held_out(images.ids[useful], images.splits[useful], held_out, seed)
-        return cls(store, objects, categories, rows[~apart], rows[apart])
-
-    @property
-    def rows(self) -> np.ndarray:
-        """All readable rows with objects, in store order."""
-        return np.sort(np.concatenate([self.train, self.held_out]))
+        return cls(
+            store, objects, categories, rows[to_train & ~apart], rows[to_examine & apart], rows[to_train],
+            rows[to_examine], shows, tiled, levels,
+        )  # fmt: skip
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -77,25 +108,28 @@ class CachedData:
     def style(self) -> str:
         return "lvis" if (self.store.object_attributes()["dataset"] or {}).get("dataset") == "lvis" else "coco"
 
-    @cached_property
-    def _number_of(self) -> dict[int, int]:
-        return {row: number for number, row in enumerate(self.store.images.rows.tolist())}
-
     def exams(
         self, rows: Sequence[int], kinds: Sequence[PromptMixture], seed: int, resolution: int
     ) -> Iterator[list[Exam]]:
         annotators = [self.annotator(resolution, Sampling(kind, seed, training=False)) for kind in kinds]
-        for batch in read_rows(self.store, annotators[0], rows):
+        tiles: dict[int, tuple[int, Tile]] = {}
+        if self.tiled:
+            readable = self.store.row_states == OK
+            found = ((row, each, tile) for row in rows for each, tile in self.shows.tiles(row).items())
+            tiles = {each: (row, tile) for row, each, tile in found if readable[each]}
+        for batch in read_rows(self.store, annotators[0], list(tiles) or rows, self.levels):
             row = int(batch.rows[0])
             rles = [self.objects["rle"][index] for index in batch.objects.tolist()]
             categories = self.objects["category"][batch.objects].tolist()
+            ids = self.objects["id"][batch.objects].tolist()
+            whole, tile = tiles.get(row, (row, None))
             exams = []
             for kind, annotator in zip(kinds, annotators, strict=True):
                 if exams:
                     found = annotator.annotate([Visit(row)])
                     batch = replace(batch, prompts=found.prompts, targets=found.targets)
                 image_id, geometry = annotator.image_id(row), annotator.geometry(row)
-                exams.append(Exam(row, image_id, kind, geometry, batch, rles, categories))
+                exams.append(Exam(whole, image_id, kind, geometry, batch, rles, categories, tile, ids))
             yield exams
 
     def categories_of(self, rows: np.ndarray) -> list[np.ndarray]:
@@ -107,12 +141,14 @@ class CachedData:
         return [np.array(found, np.int64) for found in by_row.values()]
 
     def ground_truth(self, rows: np.ndarray) -> dict:
+        if self.tiled:
+            return self._ground_truth_of_tiles(rows)
         images, objects = self.store.images, self.objects
         ids, sizes = images.ids.tolist(), list(zip(images.heights.tolist(), images.widths.tolist(), strict=True))
-        numbers = [self._number_of[int(row)] for row in rows]
+        numbers = [self.shows.number_of[int(row)] for row in rows]
         annotations = []
         for index in np.flatnonzero(np.isin(objects["row"], rows)).tolist():
-            number = self._number_of[int(objects["row"][index])]
+            number = self.shows.number_of[int(objects["row"][index])]
             of_object = (objects[name][index] for name in ("category", "box_xywh_image", "area", "iscrowd", "rle"))
             annotations.append(coco_annotation(index + 1, ids[number], *of_object, sizes[number]))
         return {
@@ -121,10 +157,41 @@ class CachedData:
             "annotations": annotations,
         }
 
+    def _ground_truth_of_tiles(self, rows: np.ndarray) -> dict:
+        """The same for images stored in tiles: what these hold of an object, put together."""
+        images, objects = self.store.images, self.objects
+        of_row: dict[int, list[int]] = {}
+        for index, row in enumerate(objects["row"].tolist()):
+            of_row.setdefault(row, []).append(index)
+        entries, annotations = [], []
+        for row in rows.tolist():
+            image_id, parts = int(images.ids[self.shows.number_of[row]]), {}
+            tiles = self.shows.tiles(row)
+            size = tiles[row].size
+            entries.append(coco_image(image_id, *size))
+            for tile_row, tile in tiles.items():
+                shape = tile.shown[0].stop - tile.shown[0].start, tile.shown[1].stop - tile.shown[1].start
+                for index in of_row.get(tile_row, []):
+                    mask = rle_to_mask(objects["rle"][index], *shape).astype(bool)
+                    parts.setdefault(int(objects["id"][index]), []).append((index, tile, mask))
+            for found in parts.values():
+                index = found[0][0]
+                rle = mask_to_rle(unite([(tile, mask) for _, tile, mask in found]))
+                category, iscrowd = objects["category"][index], objects["iscrowd"][index]
+                annotations.append(
+                    coco_annotation(index + 1, image_id, category, *measure_rle(rle, *size), iscrowd, rle, size)
+                )
+        return {"images": entries, "categories": self.categories, "annotations": annotations}
+
+    def looks(self, rows: np.ndarray) -> np.ndarray | None:
+        return self.shows.looks(rows)
+
     def report_problems(self) -> None:
         """Nothing: what could not be read was never embedded."""
 
     def picture(self, row: int) -> np.ndarray:
+        if self.tiled:
+            return self._pictures.whole(row, next(iter(self.shows.tiles(row).values())).size)
         return self._pictures.image(row)
 
     @cached_property
@@ -133,8 +200,12 @@ class CachedData:
 
     def names(self, rows: np.ndarray) -> list[str]:
         """What images are called in any store that holds them: id and path."""
-        images, number_of = self.store.images, self._number_of
+        images, number_of = self.store.images, self.shows.number_of
         return [f"{images.ids[number_of[row]]} {images.paths[number_of[row]]}" for row in rows.tolist()]
+
+    def sets_of(self, rows: np.ndarray) -> list[str]:
+        splits, number_of = self.store.images.splits, self.shows.number_of
+        return [str(splits[number_of[row]]).partition("/")[2] for row in rows.tolist()]
 
     def check_encoder(self, identity: dict, owner: str) -> None:
         """Raises StoreError unless this store's embeddings mean the same as those of `identity`."""
@@ -149,32 +220,40 @@ class CachedData:
 
     def holding_out(self, trained: list[str], held_out: list[str]) -> "CachedData":
         """The same data, held out exactly as a run recorded by `names`; images it did not know are new."""
-        names, everything = np.array(self.names(self.rows)), self.rows
-        apart = np.isin(names, held_out) if np.isin(names, held_out).any() else ~np.isin(names, trained)
-        return replace(self, train=everything[~apart], held_out=everything[apart])
+        known = bool(np.isin(self.names(self.rows), held_out).any())
+
+        def apart(rows: np.ndarray) -> np.ndarray:
+            names = self.names(rows)
+            return np.isin(names, held_out) if known else ~np.isin(names, trained)
+
+        train, held = ~apart(self.trainable), apart(self.rows)
+        return replace(self, train=self.trainable[train], held_out=self.rows[held])
 
 
-def objects_from(annotations: Path, store: EmbeddingStore) -> tuple[Table, list[dict]]:
-    """Objects of another annotation file for the store's images, matched by image id; and its categories.
+def objects_from(annotations: Path, path: Path, shows: ViewRows) -> tuple[Table, list[dict]]:
+    """Objects of another annotation file for the images of the store at `path`, matched by id; and its categories.
 
-    Raises DatasetError where no image matches; images of another size are left out, and said.
+    Every view of an image gets those that are in it. Raises DatasetError where no image matches; images of
+    another size are left out, and said.
     """
-    dataset, images = open_annotations(annotations), store.images
-    place = {int(image_id): number for number, image_id in enumerate(images.ids)}
+    dataset, entries_of = open_annotations(annotations), shows.entries_by_id()
     pairs, misfits = [], []
+    view_of: dict[int, View] = {}
     for number, record in enumerate(dataset.images):
-        if (image := place.get(record.id)) is None:
+        if (entries := entries_of.get(record.id)) is None:
             continue
-        if (record.height, record.width) != (images.heights[image], images.widths[image]):
-            misfits.append(f"{annotations}: {record.path} has another size than in {store.path}")
-        else:
-            pairs.append((number, int(images.rows[image])))
+        if (views := shows.match(record, entries)) is None:
+            misfits.append(f"{annotations}: {record.path} has another size than in {path}")
+            continue
+        rows = shows.images.rows[entries].tolist()
+        pairs += [(number, row) for row in rows]
+        view_of.update(zip(rows, views, strict=True))
     if not pairs:
         raise DatasetError(
-            f"{annotations}: none of its {len(dataset.images)} image ids is in {store.path}; "
+            f"{annotations}: none of its {len(dataset.images)} image ids is in {path}; "
             "use the annotations of the images that were embedded"
         )
     with Bar("reading annotations", len(pairs), "images") as bar:
-        table = object_columns(dataset, pairs, bar.advance)
+        table = object_columns(dataset, pairs, bar.advance, view_of.__getitem__)
     say_some("skipped", misfits + dataset.problems)
     return table, dataset.list_categories()

@@ -7,7 +7,7 @@ import torch
 
 from sam_cache.batches import PixelBatch, Preprocessing, pixel_batches
 from sam_cache.config import EmbedConfig
-from sam_cache.data import Dataset
+from sam_cache.data import Dataset, View, parse_views
 from sam_cache.model import Encoder, load_encoder, size_of
 from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device, pick_precision
@@ -26,6 +26,7 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
     Raises Interrupted when asked to stop: committed shards stay, the rows of the open one are kept,
     and the same command goes on from there.
     """
+    views = parse_views(cfg.views)
     ranks = Ranks.from_env()
     device = pick_device(cfg.device, ranks)
     precision = pick_precision(cfg.compute_dtype, device, "--compute-dtype")
@@ -34,23 +35,29 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
         say(note)
     size = size_of(cfg.model).at(cfg.input_size)
     how = Preprocessing(size.input_size, cfg.fit, cfg.normalise, cfg.resize, cfg.intensity)
-    encoder = load_encoder(cfg.model, checkpoint_of(cfg), cfg.input_size, cfg.normalise)
+    encoder = load_encoder(cfg.model, checkpoint_of(cfg), cfg.input_size, cfg.normalise, cfg.levels)
     encoder.to(device, DTYPES[precision])
     if checkpoint_of(cfg) is None and not size.packaged:
         say(f"{cfg.model}: weights drawn from a fixed seed, it knows nothing of the world yet")
-    store = open_store(cfg, source, encoder, how, precision, recorded(cfg, dataset is None))
+    # All views of the first image, then all of the second: the order of the rows.
+    shown = [(number, view) for number, record in enumerate(source.images) for view in views.of(record)]
+    store = open_store(cfg, source, shown, encoder, how, precision, recorded(cfg, dataset is None))
 
-    number_of = {row: number for number, row in enumerate(store.images.rows.tolist())}
     # Under --limit the store may hold more images than are asked for now.
-    todo = [shard for shard in store.uncommitted() if number_of[shard.rows[-1]] < len(source.images)]
+    asked = dict(zip(store.images.rows.tolist(), shown, strict=False))
+    todo = [shard for shard in store.uncommitted() if shard.rows[-1] in asked]
     notes: Counter[str] = Counter()
+
+    def view_of(row: int) -> View:
+        return asked[row][1]
+
     with stop_on_signals() as stop, Bar("embedding", sum(len(shard.rows) for shard in todo), "images") as bar:
         for shard in ranks.share(todo):
             # A shard that another process is writing is that process's; its own record will tell.
             with suppress(ShardBusy), store.writing(shard) as writer:
-                pairs = [(number_of[row], row) for row in shard.rows if row not in writer.kept]
+                pairs = [(asked[row][0], row) for row in shard.rows if row not in writer.kept]
                 bar.advance(len(shard.rows) - len(pairs))
-                for batch in pixel_batches(source, pairs, how, cfg.batch_size, cfg.threads):
+                for batch in pixel_batches(source, pairs, how, cfg.batch_size, cfg.threads, view_of):
                     levels = encode(encoder, batch, device)
                     for place, row in enumerate(batch.rows):
                         writer.append(row, {name: level[place] for name, level in levels.items()}, batch.hashes[place])
@@ -82,9 +89,15 @@ def report(cfg: EmbedConfig, store: EmbeddingStore, dataset: Dataset, notes: Cou
     moved = store.objects()["centroid_moved"]
     if len(moved):
         say(f"{len(moved)} objects; {moved.mean():.1%} of the centroids fell outside their mask and were moved")
+    counts = store.object_attributes().get("views", {})
+    for kind, count in counts.items():
+        say(
+            f"{kind}: {count['rows']} rows with {count['objects']} objects, {count['clipped']} of them cut off "
+            f"at the border; {count['dropped']} not in sight and left out"
+        )
     what = "up to date" if not done else "done"
     say(
-        f"{cfg.store}: {what}, {(states == OK).sum()} of {len(states)} images embedded, "
+        f"{cfg.store}: {what}, {(states == OK).sum()} of {len(states)} {'views' if counts else 'images'} embedded, "
         f"{(states == FAILED).sum()} failed"
         + ("; try these again with `samcache verify --retry-failed`, then embed" if (states == FAILED).any() else "")
     )

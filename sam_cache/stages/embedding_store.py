@@ -3,17 +3,20 @@
 import json
 import platform
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from sam_cache import config
-from sam_cache.batches import Preprocessing, object_columns
+from sam_cache.batches import Preprocessing, ViewCount, object_columns
 from sam_cache.config import DatasetKnobs, EmbedConfig, ModelKnobs
-from sam_cache.data import Dataset
-from sam_cache.errors import StoreError
+from sam_cache.data import Dataset, View, Views, parse_views
+from sam_cache.errors import StoreError, UsageError
 from sam_cache.model import Encoder, load_top, size_of, top_to_bytes
 from sam_cache.stages.progress import Bar, say
 from sam_cache.store import EmbeddingStore, LevelSpec, StoreSpec, Table
+from sam_cache.types import ImageRecord
 
 
 def checkpoint_of(cfg: ModelKnobs) -> Path | None:
@@ -25,52 +28,68 @@ def checkpoint_of(cfg: ModelKnobs) -> Path | None:
 
 
 def open_store(
-    cfg: EmbedConfig, dataset: Dataset, encoder: Encoder, how: Preprocessing, precision: str, recorded: dict
+    cfg: EmbedConfig,
+    dataset: Dataset,
+    shown: Sequence[tuple[int, View]],
+    encoder: Encoder,
+    how: Preprocessing,
+    precision: str,
+    recorded: dict,
 ) -> EmbeddingStore:
-    """Create the store, or check that the one there is of the same identity, and prepare new images."""
-    levels = {name: LevelSpec(*shape, cfg.dtype, cfg.codec) for name, shape in encoder.levels.items()}
-    spec = StoreSpec(cfg.model, encoder.digest, levels, precision, vars(how), cfg.shard_rows)
-    check_space(cfg.store, spec, len(dataset.images))
+    """Create the store, or check that the one there is of the same identity, and prepare new images.
+
+    `shown` are the rows: a number of the dataset's images, and which view of it.
+    """
+    views = parse_views(cfg.views)
+    if cfg.early_dtype and "early" not in encoder.levels:
+        raise UsageError(f"--early-dtype {cfg.early_dtype}: no early level is stored; add --levels neck,early")
+    dtypes = {"neck": cfg.dtype, "early": cfg.early_dtype or cfg.dtype}
+    levels = {name: LevelSpec(*shape, dtypes[name], cfg.codec) for name, shape in encoder.levels.items()}
+    spec = StoreSpec(cfg.model, encoder.digest, levels, precision, vars(how), cfg.shard_rows, str(views))
+    check_space(cfg.store, spec, len(dataset.images), len(shown))
 
     attributes: dict = {}
-    known = EmbeddingStore.open(cfg.store).object_attributes()["categories"] if cfg.store.exists() else []
+    known = EmbeddingStore.open(cfg.store).object_attributes() if cfg.store.exists() else {}
 
-    def prepare(records) -> Table:
-        first = len(dataset.images) - len(records)
-        with Bar("reading objects", len(records), "images") as bar:
-            table = object_columns(dataset, ((first + row, row) for row in range(len(records))), bar.advance)
+    def prepare(records: Sequence[ImageRecord]) -> Table:
+        new = shown[len(shown) - len(records) :]
+        counts = {kind: ViewCount(**count) for kind, count in known.get("views", {}).items()}
+        with Bar("reading objects", len(new), "images") as bar:
+            pairs = ((number, row) for row, (number, _) in enumerate(new))
+            table = object_columns(dataset, pairs, bar.advance, lambda row: new[row][1], counts)
+        if views != Views(identity=True):
+            attributes["views"] = {kind: asdict(count) for kind, count in counts.items()}
         # Class-index masks name their categories as they are read, so those read before count too.
-        named = {category["id"]: category for category in known + dataset.list_categories()}
+        named = {category["id"]: category for category in known.get("categories", []) + dataset.list_categories()}
         attributes["categories"] = [named[id] for id in sorted(named)]
         attributes["skipped"] = dataset.problems
         attributes["dataset"] = recorded["dataset"]
         return table
 
     base = top_to_bytes(load_top(cfg.model, checkpoint_of(cfg), cfg.input_size))
-    return EmbeddingStore.create_or_resume(cfg.store, spec, dataset.images, prepare, base, recorded, attributes)
+    records = [view.record(dataset.images[number]) for number, view in shown]
+    return EmbeddingStore.create_or_resume(cfg.store, spec, records, prepare, base, recorded, attributes)
 
 
 def recorded(cfg: EmbedConfig, described: bool) -> dict:
     """What is written beside the identity and never compared: where the images are, and what made the store."""
     knobs = DatasetKnobs(**{name: getattr(cfg, name) for name in DatasetKnobs.model_fields})
-    # With a root the other paths are relative to it, so it alone has to be found again from elsewhere.
-    paths = ("root",) if cfg.root else ("images", "annotations", "masks")
-    absolute = {name: path.resolve() for name in paths if (path := getattr(cfg, name))}
     return {
-        "dataset": json.loads(knobs.model_copy(update=absolute).model_dump_json()) if described else None,
+        "dataset": json.loads(config.with_absolute_paths(knobs).model_dump_json()) if described else None,
         "versions": {name: version(name) for name in ("samcache", "torch", "zarr", "numpy", "opencv-python")},
         "machine": platform.platform(),
     }
 
 
-def check_space(path: Path, spec: StoreSpec, images: int) -> None:
+def check_space(path: Path, spec: StoreSpec, images: int, rows: int) -> None:
     """Say what the store will take. Raises StoreError when the disk cannot hold it."""
     if path.exists():
         return
-    size = images * sum(level.nbytes for level in spec.levels.values())
+    size = rows * sum(spec.row_bytes.values())
     parent = next(folder for folder in path.resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
-    say(f"{images} images -> {path}: up to {size / 2**30:.2f} GiB of embeddings; {free / 2**30:.0f} GiB free")
+    what = f"{images} images" + (f" in {rows} views" if rows != images else "")
+    say(f"{what} -> {path}: up to {size / 2**30:.2f} GiB of embeddings; {free / 2**30:.0f} GiB free")
     if size > free:
         raise StoreError(
             f"{path}: needs {size / 2**30:.1f} GiB but {parent} has {free / 2**30:.1f} GiB free; "

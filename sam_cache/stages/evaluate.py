@@ -20,6 +20,7 @@ from sam_cache.stages.exam import Data
 from sam_cache.stages.progress import Bar, say
 from sam_cache.stages.report import draw_answers, print_report, to_detection
 from sam_cache.stages.scoring import ask
+from sam_cache.stages.sets import summarise_sets
 from sam_cache.stages.train_full import open_data as open_live_data
 from sam_cache.stages.tuned_sam import config_of, open_base, open_tuned, open_tuned_top, stage_of
 from sam_cache.training import RunFolder
@@ -41,10 +42,13 @@ def evaluate(cfg: EvalConfig) -> int:
     detections: dict[tuple[str, str], list[dict]] = {}
     drawn: list[Path] = []
     answered: list[int] = []
+    image_ids: list[int] = []  # of these rows
     with Bar("evaluating", len(rows), "images") as bar:
         for by_kind in ask(networks, data, rows.tolist(), kinds, cfg.seed, mask_budget, device):
             bar.advance()
-            answered.append(next(iter(by_kind.values()))[0].row)
+            first = next(iter(by_kind.values()))[0]
+            answered.append(first.row)
+            image_ids.append(first.scores[UNTOUCHED].image)
             for kind, answers in by_kind.items():
                 for name in networks:
                     scores[name] += [answer.scores[name] for answer in answers]
@@ -69,6 +73,7 @@ def evaluate(cfg: EvalConfig) -> int:
     }
     if TUNED in columns:
         report["gain"] = compare(columns[TUNED], columns[UNTOUCHED], cfg.seed)
+    report |= summarise_sets(columns, dict(zip(image_ids, data.sets_of(np.array(answered)), strict=True)), cfg.seed)
     if cfg.average_precision:
         truth = data.ground_truth(np.array(answered))
         report["average_precision"] = {}
@@ -91,7 +96,7 @@ def open_exam(cfg: EvalConfig, device: torch.device) -> tuple[Data, dict[str, To
         data = open_cached(cfg, run)
         networks = {UNTOUCHED: top_from_bytes(data.store.base)}
         if run is not None:
-            networks[TUNED] = open_tuned_top(run, cfg.which, data.store)
+            networks[TUNED] = open_tuned_top(run, cfg.which, data.store, cfg.hq_output)
     return data, {name: network.to(device).eval() for name, network in networks.items()}
 
 
@@ -101,6 +106,10 @@ def open_live(cfg: EvalConfig, run: RunFolder) -> tuple[Data, dict[str, Top]]:
         raise UsageError(
             f"--store {cfg.store}: {run.path} trained its encoder, whose embeddings no store has; leave it"
         )
+    if cfg.hq_output is not None:
+        raise UsageError(f"--hq-output {cfg.hq_output}: {run.path} has no HQ head; leave it")
+    if cfg.view is not None:
+        raise UsageError(f"--view {cfg.view}: a run of train-full is scored on the images themselves; leave it")
     if cfg.annotations is not None:
         raise UsageError(f"--annotations {cfg.annotations}: a run of train-full is scored on its own dataset; leave it")
     record = run.read_json("record.json")
@@ -116,12 +125,18 @@ def open_cached(cfg: EvalConfig, run: RunFolder | None) -> CachedData:
     for flag in ("root", "checkpoint"):
         if (value := getattr(cfg, flag)) is not None:
             raise UsageError(f"--{flag} {value}: is for a run of train-full; a store has all that is needed, leave it")
+    record = run.read_json("record.json") if run else {}
     data = CachedData.open(
-        cfg.store or STORE, annotations=cfg.annotations, partial=cfg.partial, held_out=cfg.held_out, seed=cfg.seed
+        cfg.store or STORE,
+        annotations=cfg.annotations,
+        partial=cfg.partial,
+        held_out=cfg.held_out,
+        seed=cfg.seed,
+        levels=("neck", "early") if record.get("hq") else ("neck",),
+        view=cfg.view,
     )
     if run is None:
         return data
-    record = run.read_json("record.json")
     data.check_encoder(record["identity"], str(run.path))
     if not set(record["trained"] + record["held_out"]) & set(data.names(data.rows)):
         say(f"{run.path} was trained on other images; held-out rows are drawn by --held-out and --seed")

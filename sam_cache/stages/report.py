@@ -36,9 +36,31 @@ def print_report(report: dict) -> None:
             table.add_row(*cells, end_section=size == list(sizes)[-1])
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
+    if "sets" in report:
+        console.print(tabulate_sets(report, names))
     for kind, by_name in report.get("average_precision", {}).items():
         values = ", ".join(f"{name} {ap['AP']:.3f} (AP50 {ap['AP50']:.3f})" for name, ap in by_name.items())
         console.print(f"mask AP, {kind} prompts: {values}", highlight=False)
+
+
+def tabulate_sets(report: dict, names: list[str]) -> Table:
+    """One row per prompt kind and set: the means over its objects; and their mean over sets."""
+    table = Table(title="by set, mean IoU and mean boundary IoU at the images' own size", title_justify="left")
+    for column in ("prompt", "set", "images"):
+        table.add_column(column, justify="right" if column == "images" else "left")
+    for name in [*names, *(["gain in"] if "tuned" in names else [])]:
+        table.add_column(f"{name} IoU", justify="right")
+        table.add_column("boundary", justify="right")
+    for kind, means in report["mean_over_sets"]["untouched"].items():
+        for place, (which, found) in enumerate(report["sets"].items()):
+            cells = [f"{found[name][kind][key]['mean']:.3f}" for name in names for key in means]
+            cells += [f"{found['gain'][kind][key]['mean']:+.3f}" for key in means if "gain" in found]
+            table.add_row(kind if not place else "", which, str(found["untouched"][kind]["images"]), *cells)
+        over_sets = report["mean_over_sets"]
+        cells = [f"{over_sets[name][kind][key]:.3f}" for name in names for key in means]
+        cells += [f"{over_sets['gain'][kind][key]:+.3f}" for key in means if "gain" in over_sets]
+        table.add_row("", "mean over sets", "", *cells, end_section=True)
+    return table
 
 
 def to_detection(answer: Answer, network: str) -> dict:
@@ -69,7 +91,4 @@ def draw_answers(image: np.ndarray, answers: list[Answer]) -> np.ndarray:
         name, shown = masks.popitem()
         return draw_overlay(image, shown, **prompts, title=f"{name} SAM, IoU {ious[name]:.3f}")
     truth = [a.truth for a in answers]
-    return comparison(
-        image, truth, masks["untouched"], masks["tuned"], **prompts,
-        untouched_iou=ious["untouched"], tuned_iou=ious["tuned"],
-    )  # fmt: skip
+    return comparison(image, truth, masks, ious=ious, **prompts)

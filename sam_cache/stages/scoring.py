@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import fsum
 
 import numpy as np
@@ -14,6 +15,7 @@ from sam_cache.model import Top, masks_to_image
 from sam_cache.ranks import Ranks
 from sam_cache.stages.decoding import predict
 from sam_cache.stages.exam import Data, Exam
+from sam_cache.stages.tiles import Reply, join_tiles
 from sam_cache.training import gather
 from sam_cache.types import Batch, Prompts
 
@@ -25,7 +27,7 @@ MASK_PIXELS = 2**25  # of masks upsampled at once: 128 MiB in fp32
 class Answer:
     """What the networks said to one prompt: by network name a boolean mask (H, W) and its score.
 
-    `prompt` is the single prompt, in the input frame.
+    `prompt` is the single prompt, in the input frame; of an answer that was joined from tiles, one per tile.
     """
 
     row: int
@@ -49,18 +51,24 @@ def ask(
 ) -> Iterator[dict[str, list[Answer]]]:
     """For one row after the other the answers for all its objects, by kind; all networks get the same prompts.
 
-    Every network encodes an image once for all kinds.
+    Every network encodes an image once for all kinds. Answers to the tiles of an image are joined.
     """
     resolution = next(iter(networks.values())).size.mask_size
-    for exams in data.exams(rows, kinds, seed, resolution):
-        image = exams[0].batch.to(device)
-        levels = {name: network.encode(image) for name, network in networks.items()}
-        yield {str(exam.kind): _answer(networks, levels, exam, mask_budget, device) for exam in exams}
+    found = data.exams(rows, kinds, seed, resolution)
+    for _, of_image in groupby(found, key=lambda exams: exams[0].row):
+        by_kind: dict[str, list[tuple[Exam, list[Reply]]]] = {}
+        for exams in of_image:
+            image = exams[0].batch.to(device)
+            levels = {name: network.encode(image) for name, network in networks.items()}
+            for exam in exams:
+                replies = _reply(networks, levels, exam, mask_budget, device)
+                by_kind.setdefault(str(exam.kind), []).append((exam, replies))
+        yield {kind: _score(parts) for kind, parts in by_kind.items()}
 
 
-def _answer(
+def _reply(
     networks: dict[str, Top], levels: dict[str, dict], exam: Exam, mask_budget: int, device: torch.device
-) -> list[Answer]:
+) -> list[Reply]:
     geometry, batch = exam.geometry, exam.batch
     truths = [rle_to_mask(rle, geometry.height, geometry.width).astype(bool) for rle in exam.rles]
     masks: dict[str, list[np.ndarray]] = {}
@@ -71,32 +79,43 @@ def _answer(
         found = [predict_in_image(network, chunk, geometry) for chunk in asked.chunks(mask_budget)]
         masks[name] = [mask for shown, _ in found for mask in shown]
         predicted[name] = [score for _, scores in found for score in scores.tolist()]
+    return [
+        Reply(
+            object,
+            exam.ids[place] if exam.ids else object,
+            exam.categories[place],
+            geometry,
+            batch.prompts.select(torch.tensor([place])),
+            truth,
+            {name: found[place] for name, found in masks.items()},
+            {name: found[place] for name, found in predicted.items()},
+        )
+        for place, (object, truth) in enumerate(zip(batch.objects.tolist(), truths, strict=True))
+    ]
+
+
+def _score(parts: list[tuple[Exam, list[Reply]]]) -> list[Answer]:
+    """The answers about one image, given the replies to it or to each of its tiles."""
+    exam, replies = parts[0]
+    if exam.tile is not None:
+        replies = join_tiles([(part.tile, found) for part, found in parts])
     answers = []
-    for place, (object, truth) in enumerate(zip(batch.objects.tolist(), truths, strict=True)):
+    for reply in replies:
+        truth = reply.truth
         scores = {
             name: ObjectScore(
                 kind=str(exam.kind),
                 image=exam.image_id,
-                object=object,
+                object=reply.object,
                 area=float(truth.sum()),
-                iou=mask_iou(mask[place], truth),
-                dice=dice(mask[place], truth),
-                boundary_iou=boundary_iou(mask[place], truth),
-                predicted_iou=predicted[name][place],
+                iou=mask_iou(mask, truth),
+                dice=dice(mask, truth),
+                boundary_iou=boundary_iou(mask, truth),
+                predicted_iou=reply.predicted[name],
             )
-            for name, mask in masks.items()
+            for name, mask in reply.masks.items()
         }
-        answers.append(
-            Answer(
-                exam.row,
-                exam.categories[place],
-                geometry,
-                batch.prompts.select(torch.tensor([place])),
-                truth,
-                {name: mask[place] for name, mask in masks.items()},
-                scores,
-            )
-        )
+        answers.append(Answer(exam.row, reply.category, reply.geometry, reply.prompt, truth, reply.masks, scores))
     return answers
 
 

@@ -10,7 +10,7 @@ from sam_cache.stages.device import pick_device, pick_mask_budget, pick_precisio
 from sam_cache.stages.embedding_store import checkpoint_of
 from sam_cache.stages.live_data import LiveData
 from sam_cache.stages.progress import say
-from sam_cache.stages.source import open_source
+from sam_cache.stages.source import open_source, where_of
 from sam_cache.stages.training import Course, choose_parts, make_sampling, train
 from sam_cache.stages.tuned_sam import adapter_knobs, digest_of_top
 
@@ -72,10 +72,9 @@ def open_data(cfg: TrainFullConfig, input_size: int) -> LiveData:
     dataset = open_source(cfg)
     for note in dataset.notes:
         say(note)
-    where = f"{cfg.dataset} {cfg.images or cfg.root or ''}".strip()
     how = Preprocessing(input_size, cfg.fit, cfg.normalise, cfg.resize, cfg.intensity)
     style = "lvis" if cfg.dataset == "lvis" else "coco"
-    data = LiveData.of(dataset, where, how, style, cfg.held_out, cfg.seed)
+    data = LiveData.of(dataset, where_of(cfg), how, style, cfg.held_out, cfg.seed)
     if not len(data.train):
         raise DatasetError(f"--held-out {cfg.held_out}: none of {len(data.rows)} images is left to train on; lower it")
     return data

@@ -4,13 +4,16 @@ import numpy as np
 
 from sam_cache.batches import CachedBatches, Cursor, Order
 from sam_cache.config import TrainTopConfig
-from sam_cache.errors import StoreError
-from sam_cache.model import Top, load_top, top_from_bytes, top_to_bytes
+from sam_cache.errors import StoreError, UsageError
+from sam_cache.model import Top, add_head, load_top, top_from_bytes, top_to_bytes
 from sam_cache.ranks import Ranks
 from sam_cache.stages.cached_data import CachedData
 from sam_cache.stages.device import pick_device, pick_precision
 from sam_cache.stages.training import Course, choose_parts, make_sampling, train
 from sam_cache.stages.tuned_sam import START
+
+LEVELS = {"sam": ("neck",), "hq": ("neck", "early")}
+TRAINED = {"sam": ("prompt", "decoder"), "hq": ("head",)}  # unless --train says otherwise
 
 
 def train_top(cfg: TrainTopConfig) -> int:
@@ -24,6 +27,8 @@ def train_top(cfg: TrainTopConfig) -> int:
         partial=cfg.partial,
         held_out=0 if cfg.eval_store else cfg.held_out,
         seed=cfg.seed,
+        levels=LEVELS[cfg.head],
+        views=cfg.views,
     )
     top = open_top(cfg, data)
     annotator = data.annotator(top.size.mask_size, make_sampling(cfg))
@@ -37,6 +42,7 @@ def train_top(cfg: TrainTopConfig) -> int:
             annotator,
             order,
             batch_size=cfg.batch_size,
+            levels=data.levels,
             ranks=ranks,
             threads=cfg.threads,
             keep=cfg.accumulation,
@@ -46,17 +52,22 @@ def train_top(cfg: TrainTopConfig) -> int:
 
     exam, exam_rows = open_exam(cfg, data)
     record = describe(data, top, precision)
-    files = {START: top_to_bytes(top)} if cfg.checkpoint else {}  # else it starts from the store's base weights
+    # Without these it starts from the store's base weights, which have no head.
+    files = {START: top_to_bytes(top)} if cfg.checkpoint or cfg.head == "hq" else {}
     course = Course("train-top", top, data, exam, exam_rows, open_batches, record, files)
     return train(cfg, course, device, precision, ranks)
 
 
 def open_top(cfg: TrainTopConfig, data: CachedData) -> Top:
     """The store's base weights, or those of --checkpoint, with only the parts of --train free to move."""
-    top = top_from_bytes(data.store.base)
+    if cfg.head == "sam" and cfg.hq_output != "hq":
+        raise UsageError(f"--hq-output {cfg.hq_output}: is for the HQ head; add --head hq")
+    top, hq = top_from_bytes(data.store.base), cfg.hq_output if cfg.head == "hq" else None
     if cfg.checkpoint:
-        top = load_top(top.size.name, cfg.checkpoint, top.size.input_size)
-    choose_parts(cfg, cfg.train, top, adapter=False)
+        top = load_top(top.size.name, cfg.checkpoint, top.size.input_size, hq, cfg.seed)
+    elif hq:
+        top = add_head(top, hq, cfg.seed)
+    choose_parts(cfg, TRAINED[cfg.head] if cfg.train is None else cfg.train, top, adapter=False)
     return top
 
 
@@ -64,9 +75,11 @@ def open_exam(cfg: TrainTopConfig, data: CachedData) -> tuple[CachedData, np.nda
     """The held-out rows, or all those of --eval-store."""
     if not cfg.eval_store:
         return data, data.held_out
-    other = CachedData.open(cfg.eval_store, annotations=None, partial=cfg.partial, held_out=0, seed=cfg.seed)
+    other = CachedData.open(
+        cfg.eval_store, annotations=None, partial=cfg.partial, held_out=0, seed=cfg.seed, levels=LEVELS[cfg.head]
+    )
     other.check_encoder(data.store.spec.to_json(), str(cfg.store))
-    return other, other.train
+    return other, other.rows
 
 
 def describe(data: CachedData, top: Top, precision: str) -> dict:
@@ -76,7 +89,8 @@ def describe(data: CachedData, top: Top, precision: str) -> dict:
         "store": str(data.store.path.resolve()),
         "identity": data.store.spec.to_json(),
         "model": top.size.name,
+        "hq": top.hq,
         "precision": precision,
-        "trained": data.names(data.train),
+        "trained": list(dict.fromkeys(data.names(data.train))),  # an image once, however many views
         "held_out": data.names(data.held_out),
     }

@@ -70,12 +70,13 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
         )
     network, data = course.network.to(device), course.data
     repeats = None if cfg.sampling == "image" else choose_repeats(cfg, data.categories_of(data.train))
-    order = Order(data.train, cfg.seed, repeats)
+    order = Order(data.train, cfg.seed, repeats, data.looks(data.train))
     if not len(order):
         raise DatasetError(f"{data.where}: no image to train on has an object; check its masks or annotations")
     mask_budget = pick_mask_budget(cfg.mask_budget, device)
     pace = set_pace(cfg, len(order), mask_budget)
     check_names(cfg)
+    objective = SamObjective(loss_weights(cfg), cfg.loss, cfg.corrections, cfg.loss_points)
     optimizer, learning_rate_at = make_optimizer(cfg, network, pace.steps, course.layer_decay)
     join_ranks(device)
     run = open_run(cfg, course, ranks)
@@ -112,7 +113,7 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
             fit(
                 network,
                 course.open_batches(order, cursor),
-                SamObjective(loss_weights(cfg), cfg.loss, cfg.corrections),
+                objective,
                 evaluate,
                 optimizer,
                 learning_rate_at,
@@ -167,10 +168,13 @@ def make_sampling(cfg: TrainingKnobs) -> Sampling:
 def choose_parts(cfg: TrainingKnobs, train: tuple[str, ...], network: Top, *, adapter: bool) -> None:
     """Freeze all of `network` but the parts named in `train`, and the adapter where there is one."""
     without = ENCODER_PARTS if not hasattr(network, "image_encoder") else () if adapter else ("adapter",)
-    have = [part for part in PARTS if part not in without]
+    have = [part for part in PARTS if part not in without and (network.hq or part != "head")]
     if unknown := [part for part in train if part not in have]:
         raise UsageError(f"--train {','.join(train)}: unknown part {unknown[0]!r}; parts are {', '.join(have)}")
-    freeze(network, set(train) | ({"adapter"} if adapter else set()), mask_prompts=cfg.corrections > 0)
+    shows_masks = cfg.corrections > 0 or any(
+        choice.kind == "noise-mask" for choice in parse_prompts(cfg.prompts).choices
+    )
+    freeze(network, set(train) | ({"adapter"} if adapter else set()), mask_prompts=shows_masks)
 
 
 def loss_weights(cfg: TrainingKnobs) -> LossWeights:
@@ -186,7 +190,9 @@ def tell(course: Course, steps: int, done: int, run: RunFolder) -> None:
     count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     if done:
         say(f"{run.path}: going on from step {done}")
-    say(f"{len(data.train)} images to train on, {len(data.held_out)} held out; {count:,} parameters, {steps} steps")
+    images = len(set(data.names(data.train)))
+    views = f" in {len(data.train)} views" if images < len(data.train) else ""
+    say(f"{images} images to train on{views}, {len(data.held_out)} held out; {count:,} parameters, {steps} steps")
     if course.estimate:
         say(f"memory: about {course.estimate / 2**30:.2f} GiB estimated")
 

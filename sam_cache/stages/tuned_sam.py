@@ -4,9 +4,10 @@ from pathlib import Path
 
 from sam_cache.batches import Preprocessing
 from sam_cache.config import AdapterKnobs, ModelKnobs, TrainFullConfig, TrainTopConfig
-from sam_cache.errors import CheckpointError
+from sam_cache.errors import CheckpointError, UsageError
 from sam_cache.model import AdapterKnobs as ModelAdapterKnobs
 from sam_cache.model import (
+    HqOutput,
     LoraKnobs,
     Sam,
     SamAdapterKnobs,
@@ -80,7 +81,7 @@ def open_base(run: RunFolder, checkpoint: Path | None, how: Preprocessing | None
     else:
         path = checkpoint or checkpoint_of(config_of(run))
         digest = record["identity"]["encoder"]
-    sam = load_sam(record["model"], path, how.input_size, how.normalise)
+    sam = load_sam(record["model"], path, how.input_size, how.normalise, record.get("hq"))
     check_encoder(sam, digest, str(run.path), path)
     if stage_of(run) == "train-full" and digest_of_top(sam) != record["identity"]["top"]:
         raise CheckpointError(
@@ -137,8 +138,14 @@ def open_whole(run: RunFolder, which: str, checkpoint: Path | None = None, how: 
     return sam
 
 
-def open_tuned_top(run: RunFolder, which: str, store: EmbeddingStore | None = None) -> Top:
-    """The top of a run of train-top; what it did not train is its start's, or the store's."""
+def open_tuned_top(
+    run: RunFolder, which: str, store: EmbeddingStore | None = None, hq_output: HqOutput | None = None
+) -> Top:
+    """The top of a run of train-top; what it did not train is its start's, or the store's.
+
+    `hq_output` says what its HQ head answers with, instead of what it was trained with. Raises UsageError where
+    it has no such head.
+    """
     start = run.path / START
     if start.exists():
         blob = start.read_bytes()
@@ -146,4 +153,8 @@ def open_tuned_top(run: RunFolder, which: str, store: EmbeddingStore | None = No
         blob = (store or EmbeddingStore.open(Path(run.read_json("record.json")["store"]))).base
     top = top_from_bytes(blob)
     load_trained(top, run.load_weights(which), str(run.path))
+    if hq_output:
+        if top.hq is None:
+            raise UsageError(f"--hq-output {hq_output}: {run.path} was trained without the HQ head; leave it")
+        top.hq = hq_output
     return top

@@ -83,3 +83,59 @@ def test_a_named_split_decides():
         True,
         False,
     ]
+
+
+# Image 0 has two plain views and two tiles, image 1 one view and three tiles, image 2 tiles alone, image 3 one view.
+LOOKS = np.array([(0, 0), (0, 1), (0, 9), (0, 9), (1, 1), (1, 9), (1, 9), (1, 9), (2, 9), (2, 9), (3, 5)])
+
+
+def test_the_order_is_that_of_earlier_versions():
+    """Where rows are images, runs that were started before there were views go on the same."""
+    assert [visit.row for visit in Order(ROWS, 3).epoch(1)] == [17, 14, 20, 11, 12, 15, 19, 10, 18, 16, 13]
+    repeats = np.array([2.0, 0.0, 1.5] + [1.0] * 8)
+    assert [(visit.row, visit.number) for visit in Order(ROWS, 3, repeats).epoch(5)] == [
+        (20, 0), (16, 0), (18, 0), (17, 0), (19, 0), (12, 1), (13, 0), (10, 1), (10, 0), (14, 0), (12, 0), (15, 0)
+    ]  # fmt: skip
+
+
+def test_an_epoch_looks_once_at_each_image_and_at_all_its_tiles():
+    order = Order(ROWS, 3, looks=LOOKS)
+    seen = []
+    for epoch in range(300):
+        rows = [visit.row for visit in order.epoch(epoch)]
+        assert len(set(rows)) == len(rows)
+        places = sorted(row - 10 for row in rows)
+        drawn = {tuple(pair) for pair in LOOKS[places].tolist()}
+        assert sorted(image for image, _ in drawn) == [0, 1, 2, 3]
+        assert places == [place for place, pair in enumerate(LOOKS.tolist()) if tuple(pair) in drawn]
+        seen += drawn
+    counts = [seen.count(tuple(pair)) for pair in np.unique(LOOKS, axis=0).tolist()]
+    assert all(70 < count < 130 for count in counts[:3])  # of image 0: a third each
+    assert all(120 < count < 180 for count in counts[3:5])
+    assert counts[5:] == [300, 300]
+    assert len(order) == round(4 / 3 + 2 + 2 + 1)
+
+
+def test_images_are_told_apart_whatever_their_numbers_and_order():
+    shuffled = np.random.default_rng(0).permutation(len(ROWS))
+    looks = LOOKS[shuffled] * [1000, 7] + [5, 3]
+    rows = {visit.row for visit in Order(ROWS[shuffled], 0, looks=looks).epoch(0)}
+    assert {LOOKS[row - 10, 0] for row in rows} == {0, 1, 2, 3}
+    assert rows == {visit.row for visit in Order(ROWS[shuffled], 0, looks=LOOKS[shuffled]).epoch(0)}
+
+
+def test_a_row_that_is_drawn_comes_as_often_as_it_should():
+    order = Order(ROWS, 3, np.full(len(ROWS), 3.0), LOOKS)
+    assert len(order) == 19  # three times 6 1/3
+    visits = order.epoch(0)
+    assert len(visits) == 3 * len({visit.row for visit in visits})
+
+
+def test_looks_restart_at_any_cursor_and_are_shared_by_ranks():
+    order = Order(ROWS, 3, looks=LOOKS)
+    whole = batches(9, order=order)
+    for number, (cursor, _) in enumerate(whole[:-1]):
+        assert batches(len(whole) - number - 1, order=order, start=cursor) == whole[number + 1 :]
+    shares = [batches(9, order=order, ranks=Ranks(rank, 2)) for rank in range(2)]
+    for step, (_, visits) in enumerate(whole):
+        assert sorted(visit.row for share in shares for visit in share[step][1]) == sorted(v.row for v in visits)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as transforms
 
 from sam_cache.data import Augmentation, augment, decode, mask_to_rle, measure_rle, open_dataset, parse_augmentation
-from sam_cache.data.augmentation import PADDING
+from sam_cache.data.move import PADDING
 from sam_cache.data.rle import rle_to_mask
 from sam_cache.errors import UsageError
 

@@ -11,7 +11,8 @@ def test_panels_are_the_overlays():
         mask[10:40, 10 : 30 + 10 * number] = True
     truth, untouched, tuned = masks
     points = np.array([(20, 20)])
-    page = comparison(image, [truth], [untouched], [tuned], points, untouched_iou=0.5, tuned_iou=0.75, size=160)
+    answers = {"untouched": [untouched], "tuned": [tuned]}
+    page = comparison(image, [truth], answers, points, ious={"untouched": 0.5, "tuned": 0.75}, size=160)
     panels = [draw_overlay(image, (), points, size=160)]
     panels += [draw_overlay(image, [mask], size=160) for mask in masks]
 
@@ -27,8 +28,9 @@ def test_panels_are_the_overlays():
 
 def test_captions_fit_beside_a_tall_image():
     image = np.zeros((300, 10, 3), np.uint8)
-    page = comparison(image, [], [], [], title="a rather long title, longer than the four panels")
-    titled = comparison(image, [], [], [])
+    answers = {"untouched": [], "tuned": []}
+    page = comparison(image, [], answers, title="a rather long title, longer than the four panels")
+    titled = comparison(image, [], answers)
     assert page.shape[0] > titled.shape[0]
     assert (page[:, -5:] == 255).all()
     assert (page[:, :5] == 255).all()

@@ -40,7 +40,7 @@ def store(levels: Levels, types: tuple[str, str]) -> Levels:
         if dtype == "int8":
             parts = [torch.stack(part) for part in zip(*map(quantise, levels[name]), strict=True)]
             companions = dict(zip((name, f"{name}_scale", f"{name}_offset"), parts, strict=True))
-            found |= dequantise(companions)
+            found[name] = dequantise(companions, name)
         else:
             found[name] = levels[name].to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]).float()
     return found

@@ -40,7 +40,8 @@ def _parameter(name: str, field: Any) -> inspect.Parameter:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
-    default = "" if field.default in (None, ()) else f" [default: {_shown(field.default)}]"
+    untold = field.default in (None, ()) or field.default_factory  # the description says what it is then
+    default = "" if untold else f" [default: {_shown(field.default)}]"
     declarations = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
     if kind not in (str, int, float, bool, Path) and typing.get_origin(kind) is not Literal:
         kind = str  # tuples are written with commas; the config model splits them

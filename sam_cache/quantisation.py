@@ -34,14 +34,9 @@ def quantise(
     return steps.round().clamp(-LARGEST, LARGEST).to(torch.int8), scale, offset
 
 
-def dequantise(levels: dict[str, Shaped[Tensor, "I _ _ _"]]) -> dict[str, Float[Tensor, "I _ _ _"]]:
-    """The levels as floating numbers, int8 ones in fp32 and without their companions; others as they are."""
-    quantised = {name for name, level in levels.items() if level.dtype == torch.int8}
-    companions = {f"{name}_{companion}" for name in quantised for companion in COMPANIONS}
-    return {
-        name: torch.addcmul(levels[f"{name}_offset"], level.float(), levels[f"{name}_scale"])
-        if name in quantised
-        else level
-        for name, level in levels.items()
-        if name not in companions
-    }
+def dequantise(levels: dict[str, Shaped[Tensor, "I _ _ _"]], name: str) -> Float[Tensor, "I _ _ _"]:
+    """Level `name` as floating numbers, fp32 where it is int8; another type stays as it is."""
+    level = levels[name]
+    if level.dtype != torch.int8:
+        return level
+    return torch.addcmul(levels[f"{name}_offset"], level.float(), levels[f"{name}_scale"])

@@ -196,8 +196,8 @@ def _continue_or_redo(cfg: TrainingKnobs, ended_before: bool) -> TrainingKnobs:
     if written is None or not written.exists():
         return cfg
     resumed = with_absolute_paths(cfg.model_copy(update={"resume": True}))
-    before = json.loads(written.read_text()) | {"resume": True}
-    if not ended_before and before == resumed.model_dump(mode="json", by_alias=True):
+    before = resolve(type(cfg), json.loads(written.read_text()) | {"resume": True}, str(written))
+    if not ended_before and before == resumed:
         return resumed
     aside = cfg.out.with_name(f"{cfg.out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     cfg.out.rename(aside)

@@ -1,6 +1,9 @@
+from typing import get_args
+
 import pytest
 
-from sam_cache.config import EmbedConfig, TrainTopConfig, resolve
+from sam_cache import model
+from sam_cache.config import EmbedConfig, TrainTopConfig, base, resolve
 from sam_cache.errors import UsageError
 
 
@@ -24,6 +27,17 @@ def test_integers_are_written_with_commas_or_as_a_list():
 def test_resolved_config_survives_json():
     cfg = resolve(TrainTopConfig, {"milestones": [1], "store": "x.zarr"}, "")
     assert TrainTopConfig.model_validate_json(cfg.model_dump_json(by_alias=True)) == cfg
+
+
+def test_the_parts_to_train_follow_the_head():
+    assert resolve(TrainTopConfig, {}, "").train == ("prompt", "decoder")
+    assert resolve(TrainTopConfig, {"head": "hq"}, "").train == ("head",)
+    assert resolve(TrainTopConfig, {"head": "hq", "train": "head,decoder"}, "").train == ("head", "decoder")
+
+
+def test_both_floors_name_the_same_masks_of_the_head():
+    """The configuration cannot import the model, which would bring torch to --help."""
+    assert get_args(model.HqOutput) == get_args(base.HqOutput)
 
 
 def test_every_knob_says_what_it_does():

@@ -39,7 +39,9 @@ class DatasetKnobs(StageConfig):
     mask_maximum: Literal[1, 255] = Field(255, description="Value of an object in the masks of --dataset pairs.")
     scenes: Positive = Field(64, description="Synthetic scenes to generate.")
     scene_seed: int = Field(0, ge=0, description="Seed of the synthetic scenes.")
-    limit: Positive | None = Field(None, description="Only the first N images.")
+    limit: Positive | None = Field(
+        None, description="Only the first N images; those of --dataset pairs are of its sets in turn."
+    )
 
 
 class DeviceKnobs(StageConfig):
@@ -83,6 +85,7 @@ class TrainingKnobs(StageConfig):
     out: Path | None = Field(None, description="Run folder. Default: runs/<stage>-<time>.")
     resume: bool = Field(False, description="Go on from the last checkpoint in --out.")
     prompts: str = Field("point,box", description="Prompt kinds, optionally weighted: box:2,centroid.")
+    box_noise: bool = Field(True, description="Move the sides of boxes a little while training, as SAM did.")
     corrections: int = Field(
         0, ge=0, description="Rounds after the first, each with the mask so far and a click where it errs."
     )

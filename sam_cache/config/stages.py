@@ -48,8 +48,8 @@ class TrainTopConfig(DeviceKnobs, ObjectKnobs, SplitKnobs, TrainingKnobs):
     hq_output: HqOutput = Field(
         "hq", description="Masks of the HQ head: its own alone, or the sum of its logits and SAM's."
     )
-    train: Names | None = Field(
-        None,
+    train: Names = Field(
+        default_factory=lambda given: ("head",) if given["head"] == "hq" else ("prompt", "decoder"),
         description="Parts to train: prompt, no-mask, decoder, head. Default: prompt,decoder; with the HQ head, head.",
     )
     eval_store: Path | None = Field(None, description="Evaluate on this store instead of held-out rows.")
@@ -84,10 +84,12 @@ class EvalConfig(DeviceKnobs, SplitKnobs, ObjectKnobs):
     which: Literal["best", "last"] = Field("best", description="Checkpoint of the run to take.")
     root: Path | None = Field(None, description="Dataset folder of a run of train-full, where it has moved.")
     checkpoint: Path | None = Field(
-        None, description="Base weights of a run of train-full. Default: those it was trained from, where they were."
+        None,
+        description="Base weights of a run of train-full; without a run, weights to score beside those of the store.",
     )
     hq_output: HqOutput | None = Field(
-        None, description="Masks of a run's HQ head: its own alone, or the sum with SAM's. Default: as trained."
+        None,
+        description="Masks of an HQ head: its own alone, or the sum with SAM's. Default: as trained, or the sum.",
     )
     prompts: str = Field("centroid,interior,point,box", description="Prompt kinds, each evaluated by itself.")
     rows: Literal["held-out", "all"] = Field("held-out", description="Rows to evaluate.")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,11 @@ def parse_pair(text: str, part: str, root: Path | None = None) -> Pair:
 def open_pairs(
     pairs: Sequence[Pair], limit: int | None = None, mask_maximum: int = 255, pattern: str = "{stem}.*"
 ) -> Dataset:
-    """The images of all `pairs`, one set after the other, each with one object: category 1, `foreground`.
+    """The images of all `pairs`, each with one object: category 1, `foreground`.
+
+    The sets take turns: the first image of each, then the second of each, and so on while they last. So a
+    `limit` keeps some of every set, unless there are more sets than that, and a store made with one can grow
+    with a larger one or none.
 
     Image and mask are matched by name (see `pair_masks` for the pattern), also where they share a folder.
     `ImageRecord.split` is `train/NAME` or `val/NAME`, and `path` is relative to that set's image folder. An
@@ -73,28 +78,30 @@ def open_pairs(
     if has_many_files(pattern):
         raise UsageError(f"--mask-pattern {pattern!r}: --dataset pairs has one mask per image; leave out the *")
 
-    records: list[ImageRecord] = []
-    files: list[tuple[Pair, str]] = []
-    notes, problems = [], []
-    for pair in pairs:
-        paired, lonely = pair_folders(pair.images, pair.masks, pattern)
-        kept = dict(list(paired.items())[: None if limit is None else limit - len(records)])
-        if not kept:
+    found = [pair_folders(pair.images, pair.masks, pattern) for pair in pairs]
+    sets = [
+        [(pair, image, group) for image, group in paired.items()]
+        for pair, (paired, _) in zip(pairs, found, strict=True)
+    ]
+    kept = [entry for turn in zip_longest(*sets) for entry in turn if entry is not None][:limit]
+    notes = []
+    for pair, (_, lonely) in zip(pairs, found, strict=True):
+        masks = [group[0] for owner, _, group in kept if owner is pair]
+        if not masks:
             continue
-        masks = [group[0] for group in kept.values()]
         _check_masks(pair, masks, mask_maximum)
-        notes.append(f"{pair.split}: {len(kept)} images ({count_sample(masks)} masks)")
+        notes.append(f"{pair.split}: {len(masks)} images ({count_sample(masks)} masks)")
         notes += [f"{pair.split}: {note}" for note in lonely]
-        problems += [
-            f"{pair.name}/{image}: {len(group)} masks match, only {group[0]} is used; give a narrower --mask-pattern"
-            for image, group in kept.items()
-            if len(group) > 1
-        ]
-        files += [(pair, mask) for mask in masks]
-        records += [
-            ImageRecord(name_to_id(f"{pair.name}/{image}"), image, *read_size(pair.masks, group[0]), pair.split)
-            for image, group in kept.items()
-        ]
+    problems = [
+        f"{pair.name}/{image}: {len(group)} masks match, only {group[0]} is used; give a narrower --mask-pattern"
+        for pair, image, group in kept
+        if len(group) > 1
+    ]
+    files = [(pair, group[0]) for pair, _, group in kept]
+    records = [
+        ImageRecord(name_to_id(f"{pair.name}/{image}"), image, *read_size(pair.masks, group[0]), pair.split)
+        for pair, image, group in kept
+    ]
     folders = {pair.split: pair.images for pair in pairs}
 
     def convert(number: int) -> tuple[list[ObjectRecord], list[str]]:

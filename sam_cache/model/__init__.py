@@ -17,6 +17,7 @@ from sam_cache.model.export import (
     check_suffix,
     compare_with_upstream,
     fit_trained,
+    import_upstream,
     official_state,
     write_state,
 )
@@ -25,7 +26,17 @@ from sam_cache.model.hq import HqOutput
 from sam_cache.model.memory import estimate_memory
 from sam_cache.model.sam import Sam, depth_of, load_sam
 from sam_cache.model.sizes import SIZES, ModelSize, size_of
-from sam_cache.model.top import PARTS, Top, add_head, freeze, load_top, top_from_bytes, top_to_bytes
+from sam_cache.model.top import (
+    PARTS,
+    Top,
+    add_head,
+    freeze,
+    levels_of,
+    load_top,
+    parts_of,
+    top_from_bytes,
+    top_to_bytes,
+)
 from sam_cache.model.weights import fixed_weights
 
 __all__ = [
@@ -52,12 +63,15 @@ __all__ = [
     "fit_trained",
     "fixed_weights",
     "freeze",
+    "import_upstream",
+    "levels_of",
     "load_encoder",
     "load_sam",
     "load_top",
     "masks_to_image",
     "merge",
     "official_state",
+    "parts_of",
     "size_of",
     "state_digest",
     "top_from_bytes",

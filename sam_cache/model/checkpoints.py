@@ -84,7 +84,8 @@ def _check_shapes(path: Path, found: dict[str, torch.Size], size: ModelSize) -> 
     for other in SIZES.values():
         if found == _shapes(outline(other, hq).state_dict()):
             what = f"HQ-SAM's {other.name}" if hq else other.name
-            remedy = f"pass --model {other.name}, for train-top a --store of {other.name}, or get {size.origin}"
+            origin = size.hq_origin if hq else size.origin
+            remedy = f"pass --model {other.name}, for train-top a --store of {other.name}, or get {origin}"
             raise CheckpointError(f"{path}: this looks like {what}, not {size.name}; {remedy}")
     problems = {
         "missing": [key for key in expected if key not in found],

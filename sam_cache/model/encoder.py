@@ -42,7 +42,7 @@ class Encoder(nn.Module):
     def __init__(self, size: ModelSize, state: State, normalise: Normalise = "sam", levels: Sequence[str] = ("neck",)):
         super().__init__()
         if misfits := [name for name in levels if name not in LEVELS]:
-            raise UsageError(f"level {misfits[0]!r}: an encoder has {' and '.join(LEVELS)}")
+            raise UsageError(f"--levels {','.join(levels)}: unknown level {misfits[0]!r}; use {' or '.join(LEVELS)}")
         with torch.device("meta"):
             self.vit = build_image_encoder(size)
         self.vit.load_state_dict(own_fp32(fit_positions(state, size)), assign=True)

@@ -1,15 +1,14 @@
 """Weights out of here and into segment_anything or segment_anything_hq, with a proof that they mean the same there."""
 
 import copy
-import importlib
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import safetensors.torch
+import segment_anything
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
@@ -125,8 +124,8 @@ def compare_with_upstream(sam: Sam, path: Path) -> Agreement:
 def load_upstream(size: ModelSize, path: Path, hq: bool = False) -> nn.Module:
     """Upstream's own `Sam` with the weights of the file, in evaluation mode, on the CPU.
 
-    With `hq` that of segment_anything_hq. Sizes that the package does not know are built of its own classes.
-    Raises CheckpointError.
+    With `hq` that of segment_anything_hq. Sizes that the package does not know are put together of its encoder
+    and decoder. Raises CheckpointError.
     """
     package = import_upstream(hq)
     try:
@@ -143,35 +142,24 @@ def load_upstream(size: ModelSize, path: Path, hq: bool = False) -> nn.Module:
 def import_upstream(hq: bool) -> ModuleType:
     """segment_anything, or segment_anything_hq. Raises CheckpointError where that one is not installed."""
     if not hq:
-        return importlib.import_module("segment_anything")
+        return segment_anything
     try:
         with warnings.catch_warnings():
             # It takes layers from where timm had them once, and registers models under names that timm has too.
             warnings.simplefilter("ignore")
-            return importlib.import_module("segment_anything_hq")
+            import segment_anything_hq
     except ImportError as error:
         raise CheckpointError(
-            f"segment_anything_hq cannot be imported ({error}), and only it can show that the file is right; "
+            f"--format sam-hq: segment_anything_hq, which proves the file, cannot be imported ({error}); "
             "pip install 'samcache[hq]'"
         ) from None
+    return segment_anything_hq
 
 
 def _build_upstream(package: ModuleType, size: ModelSize, hq: bool) -> nn.Module:
     modeling = package.modeling
-    encoder, decoder = build_image_encoder(size), build_mask_decoder(size)
+    encoder, decoder = build_image_encoder(size, modeling.ImageEncoderViT), build_mask_decoder(size)
     if hq:
-        encoder = modeling.ImageEncoderViT(
-            img_size=size.input_size,
-            patch_size=size.patch,
-            embed_dim=size.width,
-            depth=size.depth,
-            num_heads=size.heads,
-            out_chans=size.neck_channels,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=size.window,
-            global_attn_indexes=size.global_blocks,
-        )
         decoder = modeling.MaskDecoderHQ(
             transformer_dim=size.neck_channels,
             transformer=decoder.transformer,

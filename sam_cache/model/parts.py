@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sam_cache.model.sizes import ModelSize
 
 
-def build_image_encoder(size: ModelSize) -> ImageEncoderViT:
-    return ImageEncoderViT(
+def build_image_encoder(size: ModelSize, kind: type[nn.Module] = ImageEncoderViT) -> nn.Module:
+    """`kind` is SAM's own class, or a fork of it that takes the same arguments."""
+    return kind(
         img_size=size.input_size,
         patch_size=size.patch,
         embed_dim=size.width,
@@ -52,23 +53,26 @@ def build_mask_decoder(size: ModelSize, hq: bool = False) -> MaskDecoder:
         iou_head_hidden_dim=size.decoder_score_width,
     )
     if hq:
-        for name, layer in zip(HQ_HEAD, _build_hq_head(size.width, size.neck_channels), strict=True):
+        for name, layer in _build_hq_head(size.width, size.neck_channels).items():
             decoder.add_module(name, layer)
     return decoder
 
 
-def _build_hq_head(width: int, channels: int) -> tuple[nn.Module, ...]:
+def _build_hq_head(width: int, channels: int) -> dict[str, nn.Module]:
     """The layers of `HQ_HEAD` for an encoder of `width` and a neck of `channels`."""
     small = channels // 8  # of the decoder's upscaled maps
-    compress = _upscale_four_times(width, channels, small)
-    encode = _upscale_four_times(channels, channels // 4, small)
-    refine = nn.Sequential(
-        nn.Conv2d(small, channels // 4, 3, padding=1),
-        LayerNorm2d(channels // 4),
-        nn.GELU(),
-        nn.Conv2d(channels // 4, small, 3, padding=1),
-    )
-    return nn.Embedding(1, channels), MLP(channels, channels, small, 3), compress, encode, refine
+    return {
+        "hf_token": nn.Embedding(1, channels),
+        "hf_mlp": MLP(channels, channels, small, 3),
+        "compress_vit_feat": _upscale_four_times(width, channels, small),
+        "embedding_encoder": _upscale_four_times(channels, channels // 4, small),
+        "embedding_maskfeature": nn.Sequential(
+            nn.Conv2d(small, channels // 4, 3, padding=1),
+            LayerNorm2d(channels // 4),
+            nn.GELU(),
+            nn.Conv2d(channels // 4, small, 3, padding=1),
+        ),
+    }
 
 
 def _upscale_four_times(channels: int, between: int, out: int) -> nn.Sequential:

@@ -9,7 +9,7 @@ from sam_cache.model.encoder import Encoder, Normalise
 from sam_cache.model.hq import HqOutput
 from sam_cache.model.parts import part_of
 from sam_cache.model.sizes import ModelSize, size_of
-from sam_cache.model.top import Levels, Top
+from sam_cache.model.top import Prepared, Top
 from sam_cache.model.weights import fresh_head
 from sam_cache.types import Batch
 
@@ -21,7 +21,7 @@ class Sam(Top):
         super().__init__(size, {key: value for key, value in state.items() if not key.startswith("image_encoder.")}, hq)
         self.image_encoder = Encoder(size, part_of(state, "image_encoder"), normalise, self.levels)
 
-    def encode(self, batch: Batch) -> Levels:
+    def encode(self, batch: Batch) -> Prepared:
         """What `forward` needs of the batch's pixels, with a graph where a layer of the encoder is trained."""
         return self.prepare(self.image_encoder(batch.pixels, batch.content_hw))
 
@@ -34,9 +34,13 @@ def load_sam(
     hq: HqOutput | None = None,
     seed: int = 0,
 ) -> Sam:
-    """The whole of model `name`, in fp32 on the CPU; for arguments and errors see `load_encoder` and `load_top`."""
+    """The whole of model `name`, in fp32 on the CPU; for arguments and errors see `load_encoder` and `load_top`.
+
+    With `hq`, where the file has no head, a fresh one is drawn from `seed`.
+    """
     size = size_of(name)
-    return Sam(size.at(input_size), fresh_head(size, seed) | load_state(size, checkpoint), normalise, hq)
+    state = load_state(size, checkpoint)
+    return Sam(size.at(input_size), state if hq is None else fresh_head(size, seed) | state, normalise, hq)
 
 
 def depth_of(name: str, network: nn.Module) -> int:

@@ -48,6 +48,13 @@ class ModelSize:
             return f"{self.checkpoint} (README of facebookresearch/segment-anything, 'Model Checkpoints')"
         return f"{self.name} weights in the official layout (without a file, samcache has its own)"
 
+    @property
+    def hq_origin(self) -> str:
+        """Where weights with HQ-SAM's head come from."""
+        if self.checkpoint:
+            return f"sam_hq_{self.name}.pth (README of SysCV/sam-hq, 'Model Checkpoints')"
+        return f"{self.name} weights with its head, as `samcache export --format sam-hq` writes them"
+
     def at(self, input_size: int | None) -> "ModelSize":
         """The same model for another input size; None keeps the model's own."""
         if input_size is None:

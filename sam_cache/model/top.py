@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from sam_cache.errors import CheckpointError
 from sam_cache.model.checkpoints import State, load_state, own_fp32
-from sam_cache.model.decoder import Masks, SharedImages, decode, share_images
+from sam_cache.model.decoder import Masks, decode, share_images
 from sam_cache.model.hq import HqOutput, decode_hq, find_detail
 from sam_cache.model.parts import HQ_HEAD, build_mask_decoder, build_prompt_encoder, is_of_hq_head
 from sam_cache.model.sizes import ModelSize, size_of
@@ -19,7 +20,8 @@ from sam_cache.model.weights import fresh_head
 from sam_cache.quantisation import dequantise
 from sam_cache.types import Batch, Prompts
 
-Levels = dict[str, Float[Tensor, "I _ _ _"]]
+Levels = dict[str, Float[Tensor, "I _ _ _"]]  # of images, as an encoder gives them
+Prepared = dict[str, Float[Tensor, "I _ _ _"]]  # what prompts need of images: `neck`, for the HQ head `detail`
 
 # What can be trained by itself, by the beginning of its parameters' names; the longest one decides.
 # `no-mask` is the embedding that stands for 'no mask given', which SAM-Adapter trains too; `head` is HQ-SAM's.
@@ -54,29 +56,29 @@ class Top(nn.Module):
     @property
     def levels(self) -> tuple[str, ...]:
         """The levels of an image that are needed to ask about it."""
-        return ("neck",) if self.hq is None else ("neck", "early")
+        return levels_of(self.hq)
 
-    def encode(self, batch: Batch) -> Levels:
+    def encode(self, batch: Batch) -> Prepared:
         """What `forward` needs of the batch's images, from the levels that they came with."""
-        return self.prepare(dequantise(batch.levels))
+        return self.prepare({name: dequantise(batch.levels, name) for name in self.levels})
 
-    def prepare(self, levels: Levels) -> Levels:
-        """Do once for an image what is the same for all its prompts: `neck`, and for the HQ head `detail`."""
+    def prepare(self, levels: Levels) -> Prepared:
+        """Do once for an image what is the same for all its prompts."""
         if self.hq is None:
             return {"neck": levels["neck"]}
         dtype = self.mask_decoder.iou_token.weight.dtype
         neck, early = levels["neck"].to(dtype), levels["early"].to(dtype)
         return {"neck": neck, "detail": find_detail(self.mask_decoder, neck, early)}
 
-    def forward(self, levels: Levels, prompts: Prompts, multimask: bool) -> Masks:
+    def forward(self, images: Prepared, prompts: Prompts, multimask: bool) -> Masks:
         """Masks (P, 3, h, w) if `multimask`, else (P, 1, h, w), in the order of `prompts`; of the HQ head always one.
 
-        `levels` are as `encode` gives them; `levels["neck"]` holds I images in any floating dtype.
+        `images` are as `encode` gives them; `images["neck"]` holds I of them in any floating dtype.
         `prompts.image_index` names them in any order and number; points and boxes are in the input frame.
         A mask prompt makes the image another one for its prompt alone, so that nothing is shared between
         such prompts.
         """
-        neck = levels["neck"].to(self.mask_decoder.iou_token.weight.dtype)
+        neck = images["neck"].to(self.mask_decoder.iou_token.weight.dtype)
         if len(prompts) == 0:
             count = 3 if multimask and self.hq is None else 1
             masks = neck.new_zeros(0, count, self.size.mask_size, self.size.mask_size)
@@ -84,73 +86,76 @@ class Top(nn.Module):
         # Positions are sines of coordinates times frequencies: half precision would ruin them.
         with torch.autocast(neck.device.type, enabled=False):
             position = self.prompt_encoder.get_dense_pe()[0].to(neck.dtype)
-            groups = [(place, group, self._embed(group)) for place, group in same_tokens(prompts)]
-        if not all(group.has_mask[0] for _, group, _ in groups):
+            groups = [(group, self._embed(group)) for group in same_tokens(prompts)]
+        shared = None
+        if not all(group.masked for group, _ in groups):
             shared = share_images(self.mask_decoder, neck, self.prompt_encoder.no_mask_embed.weight, position)
         outputs = []
-        for _, group, sparse in groups:
-            index = group.image_index
-            if group.has_mask[0]:
-                dense = self.prompt_encoder.mask_downscaling(group.masks.unsqueeze(1).to(neck.dtype))
-                alone = share_images(self.mask_decoder, neck[index], dense.flatten(2).mT, position)
-                own = torch.arange(len(index), device=index.device)
-                outputs.append(self._decode(alone, own, sparse, multimask, levels, index))
+        for group, sparse in groups:
+            index = group.prompts.image_index
+            asked = shared, index
+            if group.masked:
+                dense = self.prompt_encoder.mask_downscaling(group.prompts.masks.unsqueeze(1).to(neck.dtype))
+                own = share_images(self.mask_decoder, neck[index], dense.flatten(2).mT, position)
+                asked = own, torch.arange(len(index), device=index.device)
+            if self.hq is None:
+                outputs.append(decode(self.mask_decoder, *asked, sparse, multimask))
             else:
-                outputs.append(self._decode(shared, index, sparse, multimask, levels, index))
+                detail = images["detail"][index]
+                outputs.append(decode_hq(self.mask_decoder, *asked, sparse, multimask, detail, self.hq))
         if len(outputs) == 1:
             return outputs[0]
-        order = torch.cat([place for place, _, _ in groups]).argsort()
+        order = torch.cat([group.place for group, _ in groups]).argsort()
         return Masks(*(torch.cat(parts)[order] for parts in zip(*outputs, strict=True)))
 
-    def _decode(
-        self,
-        images: SharedImages,
-        index: Int[Tensor, "P"],
-        sparse: Float[Tensor, "P K C"],
-        multimask: bool,
-        levels: Levels,
-        image_index: Int[Tensor, "P"],
-    ) -> Masks:
-        """`index` names prompts' images in `images`, `image_index` in `levels`."""
-        if self.hq is None:
-            return decode(self.mask_decoder, images, index, sparse, multimask)
-        detail = levels["detail"][image_index]
-        return decode_hq(self.mask_decoder, images, index, sparse, multimask, detail, self.hq)
-
-    def _embed(self, prompts: Prompts) -> Float[Tensor, "P K C"]:
-        """The tokens of prompts that have equally many points and all a box or none."""
-        points = boxes = None
+    def _embed(self, group: "Group") -> Float[Tensor, "P K C"]:
+        """The tokens of the group's prompts."""
+        prompts, points, boxes = group.prompts, None, None
         if len(prompts.labels):
             points = prompts.points_xy_input.view(len(prompts), -1, 2), prompts.labels.view(len(prompts), -1)
-        if prompts.has_box[0]:
+        if group.boxed:
             boxes = prompts.boxes_xyxy_input
         if points is None and boxes is None:
             return prompts.points_xy_input.new_empty(len(prompts), 0, self.size.neck_channels)
         return self.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
 
 
-def same_tokens(prompts: Prompts) -> Iterator[tuple[Int[Tensor, "Q"], Prompts]]:
-    """Split prompts by their number of points and by having a box and a mask, each part with its places.
+class Group(NamedTuple):
+    """Prompts with equally many points, all of them with a box or none, all with a mask or none; and their places."""
 
-    Prompts of unequal token counts could share a tensor only with padding, and padding attends.
+    place: Int[Tensor, "Q"]
+    prompts: Prompts
+    boxed: bool
+    masked: bool
+
+
+def same_tokens(prompts: Prompts) -> Iterator[Group]:
+    """Split prompts into groups that share tensors.
+
+    Prompts of unequal token counts could share one only with padding, and padding attends.
     """
     signature = 4 * prompts.offsets.diff() + 2 * prompts.has_box + prompts.has_mask
     for value in signature.unique().tolist():
         place = (signature == value).nonzero()[:, 0]
-        yield place, prompts.select(place)
+        yield Group(place, prompts.select(place), bool(value & 2), bool(value & 1))
+
+
+def levels_of(hq: HqOutput | None) -> tuple[str, ...]:
+    """The levels of an image that a top needs, with the HQ head or without."""
+    return ("neck",) if hq is None else ("neck", "early")
 
 
 def load_top(
-    name: str, checkpoint: Path | None = None, input_size: int | None = None, hq: HqOutput | None = None, seed: int = 0
+    name: str, checkpoint: Path | None = None, input_size: int | None = None, hq: HqOutput | None = None
 ) -> Top:
     """The untouched top of model `name`; arguments and errors are those of `load_encoder`.
 
-    With `hq` it has HQ-SAM's head: the file's, or a fresh one drawn from `seed` where it has none.
+    With `hq` it has HQ-SAM's head where the file has one.
     """
     size = size_of(name)
     state = load_state(size, checkpoint)
     top = {key: tensor for key, tensor in state.items() if not key.startswith("image_encoder.")}
-    return Top(size.at(input_size), fresh_head(size, seed) | top, hq)
+    return Top(size.at(input_size), top, hq if any(map(is_of_hq_head, top)) else None)
 
 
 def add_head(top: Top, hq: HqOutput, seed: int) -> Top:

@@ -66,6 +66,7 @@ class CachedData:
         and for a store with uncommitted shards, unless `partial`.
         """
         store = EmbeddingStore.open(path)
+        store.reader(levels)  # refuses, with the remedy, those that it does not have
         if (missing := len(store.uncommitted())) and not partial:
             raise StoreError(
                 f"{path}: {missing} of {len(store.shards())} shards are not committed; run the same "

@@ -72,11 +72,14 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
 
 @torch.inference_mode()
 def encode(encoder: Encoder, batch: PixelBatch, device: torch.device) -> dict[str, torch.Tensor]:
-    """Levels of the batch's images, on the CPU. uint8 travels to the device and is normalised there."""
+    """Levels of the batch's images, on the device. uint8 travels there and is normalised there.
+
+    They come back row by row, in storage type. Contiguous, for int8 asks for each channel's range.
+    """
     if not batch.rows:
         return {}
     levels = encoder(batch.pixels.to(device, non_blocking=True), batch.content_hw.to(device))
-    return {name: level.cpu() for name, level in levels.items()}
+    return {name: level.contiguous() for name, level in levels.items()}
 
 
 def report(cfg: EmbedConfig, store: EmbeddingStore, dataset: Dataset, notes: Counter, done: int) -> int:

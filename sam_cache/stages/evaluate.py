@@ -9,9 +9,9 @@ import torch
 
 from sam_cache.config import EvalConfig
 from sam_cache.data import parse_prompts
-from sam_cache.errors import DatasetError, UsageError
+from sam_cache.errors import CheckpointError, DatasetError, UsageError
 from sam_cache.evaluation import Scores, average_precision, compare, summarise
-from sam_cache.model import Top, top_from_bytes
+from sam_cache.model import Top, levels_of, load_encoder, load_top, top_from_bytes
 from sam_cache.pictures import save_png
 from sam_cache.ranks import Ranks
 from sam_cache.stages.cached_data import CachedData
@@ -23,6 +23,7 @@ from sam_cache.stages.scoring import ask
 from sam_cache.stages.sets import summarise_sets
 from sam_cache.stages.train_full import open_data as open_live_data
 from sam_cache.stages.tuned_sam import config_of, open_base, open_tuned, open_tuned_top, stage_of
+from sam_cache.store import EmbeddingStore
 from sam_cache.training import RunFolder
 
 UNTOUCHED, TUNED = "untouched", "tuned"
@@ -68,6 +69,8 @@ def evaluate(cfg: EvalConfig) -> int:
         "data": data.where,
         "run": str(cfg.run) if cfg.run else None,
         "rows": {"which": cfg.rows, "count": len(answered), "images": data.names(np.array(answered))},
+        "which": cfg.which if cfg.run else None,
+        "hq_output": networks[TUNED].hq if TUNED in networks else None,
         "seed": cfg.seed,
         **{name: summarise(column, cfg.seed) for name, column in columns.items()},
     }
@@ -93,10 +96,7 @@ def open_exam(cfg: EvalConfig, device: torch.device) -> tuple[Data, dict[str, To
     if run is not None and stage_of(run) == "train-full":
         data, networks = open_live(cfg, run)
     else:
-        data = open_cached(cfg, run)
-        networks = {UNTOUCHED: top_from_bytes(data.store.base)}
-        if run is not None:
-            networks[TUNED] = open_tuned_top(run, cfg.which, data.store, cfg.hq_output)
+        data, networks = open_cached(cfg, run)
     return data, {name: network.to(device).eval() for name, network in networks.items()}
 
 
@@ -120,25 +120,45 @@ def open_live(cfg: EvalConfig, run: RunFolder) -> tuple[Data, dict[str, Top]]:
     return data, {UNTOUCHED: open_base(run, cfg.checkpoint), TUNED: open_tuned(run, cfg.which, cfg.checkpoint)}
 
 
-def open_cached(cfg: EvalConfig, run: RunFolder | None) -> CachedData:
-    """The store to score on, its held-out rows those of the run where it knows them."""
-    for flag in ("root", "checkpoint"):
-        if (value := getattr(cfg, flag)) is not None:
-            raise UsageError(f"--{flag} {value}: is for a run of train-full; a store has all that is needed, leave it")
-    record = run.read_json("record.json") if run else {}
+def open_cached(cfg: EvalConfig, run: RunFolder | None) -> tuple[CachedData, dict[str, Top]]:
+    """The store to score on, its held-out rows those of the run where it knows them; and the networks.
+
+    Beside untouched SAM that is what the run made of it, or what --checkpoint holds.
+    """
+    if cfg.root is not None:
+        raise UsageError(f"--root {cfg.root}: is for a run of train-full; a store has all that is needed, leave it")
+    if run is not None and cfg.checkpoint is not None:
+        raise UsageError(f"--checkpoint {cfg.checkpoint}: {run.path} has the weights to score; give one of the two")
+    store, record = cfg.store or STORE, run.read_json("record.json") if run else {}
+    given = open_checkpoint(cfg, store) if cfg.checkpoint else None
     data = CachedData.open(
-        cfg.store or STORE,
+        store,
         annotations=cfg.annotations,
         partial=cfg.partial,
         held_out=cfg.held_out,
         seed=cfg.seed,
-        levels=("neck", "early") if record.get("hq") else ("neck",),
+        levels=given.levels if given else levels_of(record.get("hq")),
         view=cfg.view,
     )
-    if run is None:
-        return data
-    data.check_encoder(record["identity"], str(run.path))
-    if not set(record["trained"] + record["held_out"]) & set(data.names(data.rows)):
-        say(f"{run.path} was trained on other images; held-out rows are drawn by --held-out and --seed")
-        return data
-    return data.holding_out(record["trained"], record["held_out"])
+    if run is not None:
+        data.check_encoder(record["identity"], str(run.path))
+        given = open_tuned_top(run, cfg.which, data.store, cfg.hq_output)
+        if set(record["trained"] + record["held_out"]) & set(data.names(data.rows)):
+            data = data.holding_out(record["trained"], record["held_out"])
+        else:
+            say(f"{run.path} was trained on other images; held-out rows are drawn by --held-out and --seed")
+    if cfg.hq_output and (given is None or given.hq is None):
+        raise UsageError(f"--hq-output {cfg.hq_output}: is for a --run or --checkpoint with the HQ head; leave it")
+    return data, {UNTOUCHED: top_from_bytes(data.store.base)} | ({TUNED: given} if given else {})
+
+
+def open_checkpoint(cfg: EvalConfig, store: Path) -> Top:
+    """The prompt encoder and mask decoder of a file, such as HQ-SAM's own, for a store of the same encoder."""
+    spec = EmbeddingStore.open(store).spec
+    found = load_encoder(spec.encoder, cfg.checkpoint).digest
+    if found != spec.encoder_sha256:
+        raise CheckpointError(
+            f"{cfg.checkpoint}: its encoder is not the one {store} was made with "
+            f"({found[:12]} != {spec.encoder_sha256[:12]}); embed with it into another --store"
+        )
+    return load_top(spec.encoder, cfg.checkpoint, spec.preprocessing["input_size"], cfg.hq_output or "sum")

@@ -6,7 +6,14 @@ from sam_cache import durable
 from sam_cache.batches import Preprocessing
 from sam_cache.config import ExportConfig
 from sam_cache.errors import CheckpointError, UsageError
-from sam_cache.model import check_suffix, compare_with_upstream, official_state, size_of, write_state
+from sam_cache.model import (
+    check_suffix,
+    compare_with_upstream,
+    import_upstream,
+    official_state,
+    size_of,
+    write_state,
+)
 from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device
 from sam_cache.stages.progress import say
@@ -30,6 +37,7 @@ def export(cfg: ExportConfig) -> int:
     if cfg.format != fitting:
         has = "has the HQ head" if fitting == "sam-hq" else "was trained without the HQ head"
         raise UsageError(f"--format {cfg.format}: {cfg.run} {has}; use --format {fitting}")
+    import_upstream(hq=cfg.format == "sam-hq")  # without it nothing could be proved
     official = Preprocessing(size_of(run.read_json("record.json")["model"]).input_size)
     sam = open_whole(run, cfg.which, cfg.checkpoint, official)
     state = official_state(sam)

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from sam_cache.config import TrainingKnobs, with_absolute_paths
+from sam_cache.config import TrainingKnobs, resolve, with_absolute_paths
 from sam_cache.errors import UsageError
 from sam_cache.training import RunFolder
 
@@ -38,7 +38,8 @@ def continue_run(cfg: TrainingKnobs, record: dict) -> RunFolder:
     if cfg.out is None:
         raise UsageError("--resume: say which run with --out")
     run = RunFolder.open(cfg.out)
-    before, now = run.read_json("config.json"), with_absolute_paths(cfg).model_dump(mode="json", by_alias=True)
+    written = resolve(type(cfg), run.read_json("config.json"), str(run.path / "config.json"))
+    before, now = (found.model_dump(mode="json", by_alias=True) for found in (written, with_absolute_paths(cfg)))
     differing = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now
                  if name not in FREE and before.get(name) != now[name]]  # fmt: skip
     old = run.read_json("record.json")

@@ -11,6 +11,9 @@ from sam_cache.errors import SamcacheError, UsageError
 from sam_cache.stages.progress import say
 from sam_cache.store import EmbeddingStore
 
+FOR_PAIRS_ALONE = ("pairs", "val_pairs", "mask_maximum")
+NOT_FOR_PAIRS = ("split", "images", "annotations", "masks", "objects_per", "classes", "ignore_values")
+
 
 def open_source(cfg: DatasetKnobs) -> Dataset:
     """The dataset of the given knobs. Relative paths lie under --root where one is given."""
@@ -45,13 +48,27 @@ def dataset_arguments(cfg: DatasetKnobs) -> dict:
 
 def pairs_of(cfg: DatasetKnobs) -> list[Pair]:
     """The sets of --pairs and then those of --val-pairs. Raises UsageError where an entry or its company is wrong."""
+    _refuse_flags_without_effect(cfg)
     pairs = [parse_pair(text, "train", cfg.root) for text in cfg.pairs or ()]
     pairs += [parse_pair(text, "val", cfg.root) for text in cfg.val_pairs or ()]
-    if pairs and cfg.dataset != "pairs":
-        raise UsageError(
-            f"--pairs {pairs[0].name}=...: is for --dataset pairs, not {cfg.dataset}; say that, or leave it"
-        )
     return pairs
+
+
+def _refuse_flags_without_effect(cfg: DatasetKnobs) -> None:
+    is_pairs = cfg.dataset == "pairs"
+    for name in NOT_FOR_PAIRS if is_pairs else FOR_PAIRS_ALONE:
+        value = getattr(cfg, name)
+        if value == DatasetKnobs.model_fields[name].default:
+            continue
+        given = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise UsageError(
+            f"--{name.replace('_', '-')} {given}: "
+            + (
+                "has no effect on --dataset pairs; leave it, --pairs and --val-pairs name all that is read"
+                if is_pairs
+                else f"is for --dataset pairs, not {cfg.dataset}; say that, or leave it"
+            )
+        )
 
 
 def where_of(cfg: DatasetKnobs) -> str:

@@ -5,15 +5,13 @@ import numpy as np
 from sam_cache.batches import CachedBatches, Cursor, Order
 from sam_cache.config import TrainTopConfig
 from sam_cache.errors import StoreError, UsageError
-from sam_cache.model import Top, add_head, load_top, top_from_bytes, top_to_bytes
+from sam_cache.model import HqOutput, Top, add_head, levels_of, load_top, top_from_bytes, top_to_bytes
 from sam_cache.ranks import Ranks
 from sam_cache.stages.cached_data import CachedData
 from sam_cache.stages.device import pick_device, pick_precision
+from sam_cache.stages.progress import say
 from sam_cache.stages.training import Course, choose_parts, make_sampling, train
 from sam_cache.stages.tuned_sam import START
-
-LEVELS = {"sam": ("neck",), "hq": ("neck", "early")}
-TRAINED = {"sam": ("prompt", "decoder"), "hq": ("head",)}  # unless --train says otherwise
 
 
 def train_top(cfg: TrainTopConfig) -> int:
@@ -27,7 +25,7 @@ def train_top(cfg: TrainTopConfig) -> int:
         partial=cfg.partial,
         held_out=0 if cfg.eval_store else cfg.held_out,
         seed=cfg.seed,
-        levels=LEVELS[cfg.head],
+        levels=levels_of(hq_of(cfg)),
         views=cfg.views,
     )
     top = open_top(cfg, data)
@@ -62,13 +60,20 @@ def open_top(cfg: TrainTopConfig, data: CachedData) -> Top:
     """The store's base weights, or those of --checkpoint, with only the parts of --train free to move."""
     if cfg.head == "sam" and cfg.hq_output != "hq":
         raise UsageError(f"--hq-output {cfg.hq_output}: is for the HQ head; add --head hq")
-    top, hq = top_from_bytes(data.store.base), cfg.hq_output if cfg.head == "hq" else None
+    top, hq = top_from_bytes(data.store.base), hq_of(cfg)
     if cfg.checkpoint:
-        top = load_top(top.size.name, cfg.checkpoint, top.size.input_size, hq, cfg.seed)
-    elif hq:
+        top = load_top(top.size.name, cfg.checkpoint, top.size.input_size, hq)
+    if hq and top.hq is None:
+        where = f"{cfg.checkpoint} has no HQ head" if cfg.checkpoint else "the store has no HQ head to start from"
+        say(f"{where}: a fresh one is drawn from --seed {cfg.seed}")
         top = add_head(top, hq, cfg.seed)
-    choose_parts(cfg, TRAINED[cfg.head] if cfg.train is None else cfg.train, top, adapter=False)
+    choose_parts(cfg, cfg.train, top, adapter=False)
     return top
+
+
+def hq_of(cfg: TrainTopConfig) -> HqOutput | None:
+    """What the HQ head is to answer with, where one is asked for."""
+    return cfg.hq_output if cfg.head == "hq" else None
 
 
 def open_exam(cfg: TrainTopConfig, data: CachedData) -> tuple[CachedData, np.ndarray]:
@@ -76,7 +81,7 @@ def open_exam(cfg: TrainTopConfig, data: CachedData) -> tuple[CachedData, np.nda
     if not cfg.eval_store:
         return data, data.held_out
     other = CachedData.open(
-        cfg.eval_store, annotations=None, partial=cfg.partial, held_out=0, seed=cfg.seed, levels=LEVELS[cfg.head]
+        cfg.eval_store, annotations=None, partial=cfg.partial, held_out=0, seed=cfg.seed, levels=levels_of(hq_of(cfg))
     )
     other.check_encoder(data.store.spec.to_json(), str(cfg.store))
     return other, other.rows

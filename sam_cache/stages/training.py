@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from sam_cache.batches import Cursor, Order, Sampling
 from sam_cache.config import TrainingKnobs
 from sam_cache.data import parse_prompts
 from sam_cache.errors import DatasetError, Interrupted, UsageError
-from sam_cache.model import PARTS, Top, freeze
+from sam_cache.model import PARTS, Top, freeze, parts_of
 from sam_cache.pictures import draw_curves
 from sam_cache.ranks import Ranks
 from sam_cache.stages.decoding import SamObjective
@@ -76,7 +76,7 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
     mask_budget = pick_mask_budget(cfg.mask_budget, device)
     pace = set_pace(cfg, len(order), mask_budget)
     check_names(cfg)
-    objective = SamObjective(loss_weights(cfg), cfg.loss, cfg.corrections, cfg.loss_points)
+    objective = SamObjective(loss_weights(cfg, network), cfg.loss, cfg.corrections, cfg.loss_points)
     optimizer, learning_rate_at = make_optimizer(cfg, network, pace.steps, course.layer_decay)
     join_ranks(device)
     run = open_run(cfg, course, ranks)
@@ -99,7 +99,7 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
         log_images(accelerator, progress.step, drawn)
 
     examine = Evaluation(
-        network, course.exam, course.exam_rows[: cfg.evaluate_images], parse_prompts(cfg.prompts), cfg.seed,
+        network, course.exam, spread(course.exam_rows, cfg.evaluate_images), parse_prompts(cfg.prompts), cfg.seed,
         mask_budget, device, ranks, cfg.pictures, show,
     )  # fmt: skip
 
@@ -159,16 +159,24 @@ def check_names(cfg: TrainingKnobs) -> None:
         raise UsageError(f"--best-by {cfg.best_by}: unknown metric; these prompts have {', '.join(known)}")
 
 
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` of `rows`, evenly spaced from the first to the last; all where there are no more."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
 def make_sampling(cfg: TrainingKnobs) -> Sampling:
     """How training asks for objects."""
     by_object = cfg.sampling == "object"
-    return Sampling(parse_prompts(cfg.prompts), cfg.seed, True, cfg.max_objects, cfg.scale_sampled, by_object)
+    mixture = parse_prompts(cfg.prompts)
+    return Sampling(mixture, cfg.seed, cfg.box_noise, cfg.max_objects, cfg.scale_sampled, by_object)
 
 
 def choose_parts(cfg: TrainingKnobs, train: tuple[str, ...], network: Top, *, adapter: bool) -> None:
     """Freeze all of `network` but the parts named in `train`, and the adapter where there is one."""
     without = ENCODER_PARTS if not hasattr(network, "image_encoder") else () if adapter else ("adapter",)
     have = [part for part in PARTS if part not in without and (network.hq or part != "head")]
+    if "head" in train and not network.hq:
+        raise UsageError(f"--train {','.join(train)}: there is no head without the HQ head; add --head hq")
     if unknown := [part for part in train if part not in have]:
         raise UsageError(f"--train {','.join(train)}: unknown part {unknown[0]!r}; parts are {', '.join(have)}")
     shows_masks = cfg.corrections > 0 or any(
@@ -177,9 +185,15 @@ def choose_parts(cfg: TrainingKnobs, train: tuple[str, ...], network: Top, *, ad
     freeze(network, set(train) | ({"adapter"} if adapter else set()), mask_prompts=shows_masks)
 
 
-def loss_weights(cfg: TrainingKnobs) -> LossWeights:
-    """The weights asked for, the loss's own where none are."""
+def loss_weights(cfg: TrainingKnobs, network: Top) -> LossWeights:
+    """The weights asked for, the loss's own where none are.
+
+    Beside a decoder that stays as it is, the HQ head is left out of the IoU loss: the decoder's scores are of
+    its own masks, and only the head's token could bend them.
+    """
     default = LossWeights.of(cfg.loss)
+    if all(parts_of(name) == ("head",) for name, parameter in network.named_parameters() if parameter.requires_grad):
+        default = replace(default, iou=0.0)
     asked = {"mask": cfg.mask_weight, "overlap": cfg.overlap_weight, "iou": cfg.iou_weight}
     return LossWeights(**{name: getattr(default, name) if value is None else value for name, value in asked.items()})
 

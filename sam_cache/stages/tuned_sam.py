@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sam_cache.batches import Preprocessing
 from sam_cache.config import AdapterKnobs, ModelKnobs, TrainFullConfig, TrainTopConfig
-from sam_cache.errors import CheckpointError, UsageError
+from sam_cache.errors import CheckpointError
 from sam_cache.model import AdapterKnobs as ModelAdapterKnobs
 from sam_cache.model import (
     HqOutput,
@@ -143,8 +143,7 @@ def open_tuned_top(
 ) -> Top:
     """The top of a run of train-top; what it did not train is its start's, or the store's.
 
-    `hq_output` says what its HQ head answers with, instead of what it was trained with. Raises UsageError where
-    it has no such head.
+    `hq_output` says what its HQ head, if it has one, answers with instead of what it was trained with.
     """
     start = run.path / START
     if start.exists():
@@ -153,8 +152,6 @@ def open_tuned_top(
         blob = (store or EmbeddingStore.open(Path(run.read_json("record.json")["store"]))).base
     top = top_from_bytes(blob)
     load_trained(top, run.load_weights(which), str(run.path))
-    if hq_output:
-        if top.hq is None:
-            raise UsageError(f"--hq-output {hq_output}: {run.path} was trained without the HQ head; leave it")
+    if hq_output and top.hq:
         top.hq = hq_output
     return top

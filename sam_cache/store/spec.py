@@ -8,8 +8,9 @@ import torch
 
 from sam_cache.quantisation import COMPANIONS
 
-FORMAT = 1
+FORMAT = 2  # the newest that is read; 1 has neither int8 levels nor other views than the image itself
 CODECS = ("raw", "zstd", "blosc")
+IDENTITY = "identity"
 
 
 class StoredType(NamedTuple):
@@ -91,8 +92,7 @@ class StoreSpec:
     compute_dtype: str
     preprocessing: dict[str, str | int | float]
     shard_rows: int = 64
-    views: str = "identity"  # stores that were made before there were others do not say
-    format: int = FORMAT
+    views: str = IDENTITY
 
     def __post_init__(self):
         for name, level in self.levels.items():
@@ -109,17 +109,25 @@ class StoreSpec:
         """Bytes of one decoded row of each level, with its companions."""
         return {name: sum(array.nbytes for array in level.arrays(name).values()) for name, level in self.levels.items()}
 
+    @property
+    def format(self) -> int:
+        """The oldest format that can say this, so that older versions read what they can."""
+        return 2 if self.views != IDENTITY or any(level.dtype == "int8" for level in self.levels.values()) else 1
+
     def to_json(self) -> dict:
-        return asdict(self)
+        record = asdict(self) | {"format": self.format}
+        if self.views == IDENTITY:
+            del record["views"]  # format 1 does not say
+        return record
 
     @classmethod
     def from_json(cls, record: dict) -> "StoreSpec":
         levels = {name: LevelSpec(**level) for name, level in record["levels"].items()}
-        return cls(**{**record, "levels": levels})
+        return cls(**{name: value for name, value in record.items() if name != "format"} | {"levels": levels})
 
     def differences(self, other: "StoreSpec") -> list[str]:
         """One text per field that differs: its dotted name, this spec's value, the other's."""
-        ours, theirs = _flat(self.to_json()), _flat(other.to_json())
+        ours, theirs = _flat(asdict(self)), _flat(asdict(other))
         return [
             f"{name}: {ours.get(name, 'absent')!r} != {theirs.get(name, 'absent')!r}"
             for name in ours | theirs

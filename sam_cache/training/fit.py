@@ -139,8 +139,8 @@ def backpropagate(
 ) -> Iterator[dict[str, Tensor]]:
     """Add the gradients of a batch to the parameters', chunk by chunk; yields the losses of each.
 
-    The images are encoded once. Where the encoder is trained, what the rounds have to say to its levels
-    is collected, by chunk and then for the batch, and sent through it once.
+    The images are encoded once. Where that takes a gradient, in a trained encoder or the HQ head, what the
+    rounds have to say to it is collected, by chunk and then for the batch, and sent through it once.
     """
     with accelerator.autocast():
         levels = network.encode(batch)

@@ -44,12 +44,13 @@ def masks_of(dataset, number):
     return [rle_to_mask(found.rle, record.height, record.width) for found in dataset.objects(number)]
 
 
-def test_sets_keep_their_names_order_and_files(tmp_path):
+def test_sets_keep_their_names_and_files_and_take_turns(tmp_path):
     first, second = make_set(tmp_path / "B"), make_set(tmp_path / "A", count=2)
     dataset = open_pairs(first, Pair("A.val", second.images, second.masks, "val"))
     assert [(record.split, record.path) for record in dataset.images] == [
-        ("train/B", "000.jpg"), ("train/B", "001.jpg"), ("train/B", "002.jpg"),
-        ("val/A.val", "000.jpg"), ("val/A.val", "001.jpg"),
+        ("train/B", "000.jpg"), ("val/A.val", "000.jpg"),
+        ("train/B", "001.jpg"), ("val/A.val", "001.jpg"),
+        ("train/B", "002.jpg"),
     ]  # fmt: skip
     assert len({record.id for record in dataset.images}) == 5
     assert dataset.categories == {1: "foreground"}
@@ -68,7 +69,7 @@ def test_an_image_of_the_same_path_is_read_in_its_own_set(tmp_path):
     first, second = make_set(tmp_path / "a"), make_set(tmp_path / "b")
     write(second.images / "000.jpg", np.zeros((*SHAPE, 3), np.uint8))
     dataset = open_pairs(first, second)
-    light, dark = (decode(dataset.read(dataset.images[number]), dataset.images[number]).image for number in (0, 3))
+    light, dark = (decode(dataset.read(dataset.images[number]), dataset.images[number]).image for number in (0, 1))
     assert light.mean() > 70
     assert dark.mean() == 0
 
@@ -81,7 +82,8 @@ def test_ids_stay_when_sets_and_files_are_added(tmp_path):
     after = open_pairs(make_set(tmp_path / "b"), pair)
     known = {record.path: record for record in after.images if record.split == "train/a"}
     assert [known[record.path] for record in before.images] == list(before.images)
-    assert after.objects(4)[0].id == before.objects(0)[0].id
+    number = after.images.index(before.images[0])
+    assert after.objects(number)[0].id == before.objects(0)[0].id
 
 
 def test_image_and_mask_of_one_name_in_one_folder(tmp_path):
@@ -236,10 +238,30 @@ def test_all_masks_unreadable_is_reported_image_by_image(tmp_path):
     assert len(dataset.problems) == 3
 
 
-def test_the_limit_counts_over_sets(tmp_path):
-    pairs = [make_set(tmp_path / name) for name in "abc"]
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [(2, (1, 1, 0)), (3, (1, 1, 1)), (5, (2, 2, 1)), (7, (3, 2, 2)), (9, (4, 2, 3)), (99, (5, 2, 3))],
+)
+def test_a_limit_takes_images_of_the_sets_in_turn(tmp_path, limit, kept):
+    dataset = open_pairs(
+        *(make_set(tmp_path / name, count) for name, count in (("a", 5), ("b", 2), ("c", 3))), limit=limit
+    )
+    splits = [record.split for record in dataset.images]
+    assert tuple(splits.count(f"train/{name}") for name in "abc") == kept
+    assert dataset.notes == [
+        f"train/{name}: {count} images (looked at {count} of {count} masks)"
+        for name, count in zip("abc", kept, strict=True)
+        if count
+    ]
+    for number, record in enumerate(dataset.images):
+        np.testing.assert_array_equal(masks_of(dataset, number)[0], square(1, top=int(record.path[:3])))
+
+
+def test_a_smaller_limit_is_the_beginning_of_a_larger_one(tmp_path):
+    pairs = [make_set(tmp_path / name, count) for name, count in (("a", 2), ("b", 4), ("c", 1))]
     whole = open_pairs(*pairs).images
-    for limit in (2, 3, 4, 9):
+    assert len(whole) == 7
+    for limit in range(1, 8):
         assert open_pairs(*pairs, limit=limit).images == whole[:limit]
 
 

@@ -33,7 +33,7 @@ SPECS = [(2, 1, False), (0, 1, False), (2, 0, True), (2, 2, True), (0, 0, False)
 @pytest.fixture
 def top(redraw):
     """Redrawn, and so large that every layer counts."""
-    top = load_top("tiny", hq="hq")
+    top = add_head(load_top("tiny"), "hq", seed=0)
     redraw(top, seed=1)
     for parameter in top.parameters():
         parameter.data *= 3
@@ -120,6 +120,33 @@ def test_mask_prompts_and_others_in_one_batch_equal_upstream(top, levels, prompt
     prompts = replace(prompts, masks=3 * torch.randn(len(SPECS), SIZE.mask_size, SIZE.mask_size), has_mask=some)
     expected = ask_upstream(levels, prompts, False)
     assert relative(top(top.prepare(levels), prompts, False).logits, expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("mode", ["hq", "sum"])
+def test_no_prompts(top, levels, make_prompts, mode, multimask):
+    top.hq = mode
+    found = top(top.prepare(levels), make_prompts([], SIZE.input_size), multimask)
+    assert found.logits.shape == (0, 1, SIZE.mask_size, SIZE.mask_size)
+    assert found.scores.shape == (0, 1)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize("mode", ["hq", "sum"])
+def test_autocast_stays_near_fp32(top, levels, prompts, mode, dtype, bound, relative):
+    top.hq = mode
+    some = torch.arange(len(SPECS)) % 3 == 0
+    prompts = replace(prompts, masks=3 * torch.randn(len(SPECS), SIZE.mask_size, SIZE.mask_size), has_mask=some)
+    expected = top(top.prepare(levels), prompts, False)
+    with torch.autocast("cpu", dtype=dtype):
+        found = top(top.prepare({name: level.to(dtype) for name, level in levels.items()}), prompts, False)
+    assert found.logits.dtype == dtype
+    assert relative(found.logits.float(), expected.logits) < bound
+    found.logits.float().pow(2).mean().backward()
+    for layer in (top.mask_decoder.compress_vit_feat, top.mask_decoder.embedding_encoder):
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("mode", ["hq", "sum"])

@@ -127,6 +127,37 @@ def test_one_mask_of_0_and_1_is_skipped_and_said(samcache, data, capsys, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--split", "val"),
+        ("--images", "images"),
+        ("--annotations", "all.json"),
+        ("--masks", "masks"),
+        ("--objects-per", "component"),
+        ("--classes", "3,4"),
+        ("--ignore-values", "0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["embed", "train-full"])
+def test_flags_of_other_formats_are_refused(samcache, data, tmp_path, capsys, command, flag, value):
+    into = TINY if command == "embed" else ("--model", "tiny", *ONE_STEP)
+    assert samcache(command, *PAIRS, *into, flag, value) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{flag} {value}: has no effect on --dataset pairs; leave it" in line
+    assert not (tmp_path / "s.zarr").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_a_few_images_of_each_set_grows_to_all(samcache, data, tmp_path):
+    for options, counts in ((("--limit", 5), (2, 1, 1, 1)), ((), tuple(COUNTS.values()))):
+        assert samcache("embed", *PAIRS, *TINY, *options) == 0
+        splits = EmbeddingStore.open(tmp_path / "s.zarr").images.splits.tolist()
+        kept = tuple(splits.count(split) for split in ("train/a", "train/b-test", "val/v", "val/w.1"))
+        assert kept == counts
+    assert samcache("verify", "--store", "s.zarr") == 0
+
+
+@pytest.mark.parametrize(
     ("options", "code", "words"),
     [
         (("--dataset", "pairs"), 2, "say --pairs NAME=IMAGES:MASKS, such as"),
@@ -134,7 +165,17 @@ def test_one_mask_of_0_and_1_is_skipped_and_said(samcache, data, capsys, tmp_pat
         (("--dataset", "pairs", "--pairs", "x/y=a:a"), 2, "letters, digits"),
         (("--dataset", "pairs", "--pairs", "a=data/a:data/a", "--val-pairs", "a=data/v:data/v"), 2, "given twice"),
         (("--dataset", "pairs", "--pairs", "a=data/a:data/none"), 1, "data/none: no such folder; correct the path"),
-        (("--dataset", "coco", "--pairs", "a=data/a:data/a"), 2, "is for --dataset pairs, not coco"),
+        (
+            ("--dataset", "coco", "--pairs", "a=data/a:data/a"),
+            2,
+            "--pairs a=data/a:data/a: is for --dataset pairs, not coco",
+        ),
+        (
+            ("--dataset", "synthetic", "--val-pairs", "a=a:a,b=b:b"),
+            2,
+            "--val-pairs a=a:a,b=b:b: is for --dataset pairs",
+        ),
+        (("--dataset", "synthetic", "--mask-maximum", 1), 2, "--mask-maximum 1: is for --dataset pairs, not synthetic"),
         (("--dataset", "pairs", "--mask-maximum", "2"), 2, "mask-maximum"),
     ],
 )

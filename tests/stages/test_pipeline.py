@@ -232,3 +232,16 @@ def test_a_recipe_skips_what_is_up_to_date_and_redoes_what_is_not(samcache, tmp_
     assert stages_run("--set", "train-top.steps=3", "--set", "eval.prompts=interior") == [True, False, True, True]
     assert stages_run("--from", "train-top") == [False, False, True, True]
     assert len(list((tmp_path / "r").glob("train-top*"))) == 3  # outdated runs are kept aside
+
+
+def test_a_run_of_a_version_with_fewer_knobs_goes_on(samcache, scenes, tmp_path):
+    """What it does not say was as the defaults are: knobs are added so that they change nothing."""
+    command = ("train-top", "--store", scenes, "--out", "run", *TRAIN)
+    assert samcache(*command, "--steps", 1) == 0
+    written = tmp_path / "run" / "config.json"
+    config = json.loads(written.read_text())
+    for knob in ("head", "hq_output", "views", "box_noise", "loss_points"):
+        del config[knob]
+    written.write_text(json.dumps(config))
+    assert samcache(*command, "--steps", 2, "--resume") == 0
+    assert samcache(*command, "--steps", 3, "--resume", "--no-box-noise") == 2

@@ -1,15 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import get_rel_pos
 
 from sam_cache.errors import UsageError
-from sam_cache.model import SIZES, load_encoder
+from sam_cache.model import SIZES, Encoder, SamAdapterKnobs, attach, fixed_weights, load_encoder
 from sam_cache.model.attention import run_block
 from sam_cache.model.encoder import normalise_pixels
-from sam_cache.model.parts import build_image_encoder, build_mask_decoder, build_prompt_encoder
+from sam_cache.model.parts import build_image_encoder, build_mask_decoder, build_prompt_encoder, part_of
 
 SIZE = SIZES["tiny"]
+# tiny has a single block of global attention, its last: there the early level is also the neck's input.
+DEEP = replace(SIZE, depth=4, global_blocks=(1, 3))
 
 
 @pytest.fixture
@@ -56,13 +60,59 @@ def test_early_level_is_what_leaves_the_first_global_block(encoder, upstream, pi
     assert torch.equal(levels["neck"], encoder(pixels, CONTENT)["neck"])
 
 
+@pytest.fixture
+def deep_encoder(redraw):
+    encoder = Encoder(DEEP, part_of(fixed_weights(DEEP), "image_encoder"), levels=("neck", "early")).eval()
+    redraw(encoder, seed=5)
+    return encoder
+
+
+@torch.no_grad()
+def test_early_level_leaves_the_first_of_several_global_blocks(deep_encoder, pixels, relative):
+    sam = Sam(build_image_encoder(DEEP), build_prompt_encoder(DEEP), build_mask_decoder(DEEP)).eval()
+    sam.image_encoder.load_state_dict(deep_encoder.vit.state_dict())
+    left = {number: [] for number in range(DEEP.depth)}
+    for number, block in enumerate(sam.image_encoder.blocks):
+        block.register_forward_hook(lambda module, inputs, output, found=left[number]: found.append(output))
+    neck = encode_upstream(sam, pixels)
+    levels = deep_encoder(pixels, CONTENT)
+    distances = [relative(levels["early"], torch.cat(left[number]).permute(0, 3, 1, 2)) for number in left]
+    assert distances[1] < 1e-5
+    assert min(distances[number] for number in (0, 2, 3)) > 1e-2
+    assert relative(levels["neck"], neck) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["official", "between"])
+@torch.no_grad()
+def test_early_level_has_what_an_adapter_adds_up_to_there(deep_encoder, pixels, relative, variant):
+    bare = deep_encoder(pixels, CONTENT)["early"]
+    attach(deep_encoder, SamAdapterKnobs(variant, scale_factor=4, start="official"), seed=3)
+    adapter, vit = deep_encoder.adapter, deep_encoder.vit
+    adapter.up_projection.weight *= 20  # so that one missing addition is more than rounding
+    inputs = normalise_pixels(pixels, CONTENT, "sam")
+    patches = vit.patch_embed(inputs)
+    tokens = patches + vit.pos_embed
+    prior = adapter.prepare(inputs, patches, tokens)
+    left = []
+    for number, block in enumerate(vit.blocks):
+        unadapted = block(adapter.before_block(number, tokens, prior))
+        tokens = adapter.after_block(number, unadapted, prior)
+        left.append((tokens.permute(0, 3, 1, 2), unadapted.permute(0, 3, 1, 2)))
+    early = deep_encoder(pixels, CONTENT)["early"]
+    assert relative(early, left[1][0]) < 1e-5
+    assert relative(early, left[3][0]) > 1e-2
+    assert relative(early, bare) > 1e-2
+    if variant == "between":  # which adds after the block
+        assert relative(early, left[1][1]) > 1e-2
+
+
 @pytest.mark.parametrize(("name", "block", "width"), [("vit_b", 2, 768), ("vit_l", 5, 1024), ("vit_h", 7, 1280)])
 def test_early_levels_of_the_released_models(name, block, width):
     assert (SIZES[name].global_blocks[0], SIZES[name].width) == (block, width)
 
 
 def test_an_unknown_level_is_refused():
-    with pytest.raises(UsageError, match="level 'late': an encoder has neck and early"):
+    with pytest.raises(UsageError, match="--levels neck,late: unknown level 'late'; use neck or early"):
         load_encoder("tiny", levels=("neck", "late"))
 
 

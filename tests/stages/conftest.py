@@ -32,12 +32,25 @@ def samcache(invoke, tmp_path, monkeypatch) -> Callable[..., int]:
 
 
 @pytest.fixture(scope="session")
-def scenes(invoke, tmp_path_factory) -> Path:
+def scenes_with(invoke, tmp_path_factory) -> Callable[..., Path]:
+    """Finished stores of 12 synthetic scenes, embedded by the tiny model with these options. Read only."""
+    made: dict[tuple, Path] = {}
+
+    def scenes_with(*options: object) -> Path:
+        if options not in made:
+            path = tmp_path_factory.mktemp("scenes") / "scenes.zarr"
+            assert invoke("embed", "--dataset", "synthetic", "--scenes", 12, "--model", "tiny", "--shard-rows", 4,
+                          "--batch-size", 2, "--store", path, *options) == 0  # fmt: skip
+            made[options] = path
+        return made[options]
+
+    return scenes_with
+
+
+@pytest.fixture(scope="session")
+def scenes(scenes_with) -> Path:
     """A finished store of 12 synthetic scenes, embedded by the tiny model. Read only."""
-    path = tmp_path_factory.mktemp("scenes") / "scenes.zarr"
-    assert invoke("embed", "--dataset", "synthetic", "--scenes", 12, "--model", "tiny", "--shard-rows", 4,
-                  "--batch-size", 2, "--store", path) == 0  # fmt: skip
-    return path
+    return scenes_with()
 
 
 @pytest.fixture(scope="session")

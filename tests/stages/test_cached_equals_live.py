@@ -21,10 +21,11 @@ def step_gradients(store, levels_of, hq=None):
     top = top_from_bytes(EmbeddingStore.open(store).base)
     top = add_head(top, hq, seed=0) if hq else top
     data = CachedData.open(store, annotations=None, partial=False, held_out=0, seed=0, levels=top.levels)
-    sampling = Sampling(parse_prompts("point,box,none,point+3-1"), seed=1, training=True)
+    sampling = Sampling(parse_prompts("point,box,none,point+3-1,noise-mask"), seed=1, training=True)
     annotator = data.annotator(top.size.mask_size, sampling)
     batches = CachedBatches(data.store, annotator, Order(data.train, seed=0), batch_size=2, levels=top.levels)
     batch = next(iter(batches))
+    assert 0 < batch.prompts.has_mask.sum() < len(batch.prompts)
     batch = replace(batch, levels=batch.levels | levels_of(batch))
     loss = next(SamObjective(LossWeights())(top, replace(batch, levels=top.encode(batch))))["loss"]
     loss.backward()

@@ -3,11 +3,19 @@
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
 
+from sam_cache.batches import CachedBatches, Order, Sampling
+from sam_cache.data import parse_prompts
+from sam_cache.model import SIZES
+from sam_cache.model.weights import fresh_head
+from sam_cache.ranks import Ranks
+from sam_cache.stages.cached_data import CachedData
 from sam_cache.training import RunFolder
+from sam_cache.types import Batch
 
 QUIET = ("--pictures", 0, "--trackers", "")
 RATE = 1e-3
@@ -58,14 +66,79 @@ def assert_same_training(one: RunFolder, other: RunFolder) -> None:
         ("--prompts", "box", "--accumulation", 2),  # nothing has a gradient for the embeddings of points
     ],
 )
-def test_two_ranks_are_one(launch, command, tmp_path, options):
+def test_two_ranks_are_one(launch, command, options):
     """Shares of a batch are unequal, and of the third one, which is a single image, one is empty."""
+    train_in_one_and_two(launch, *command, *options)
+
+
+def train_in_one_and_two(launch, *command) -> RunFolder:
+    """Four steps, the same in one process and in two; returns the run of two."""
     for ranks in (1, 2):
-        ended = launch(*command, *options, "--steps", 4, "--evaluate-every", 2, "--out", ranks, ranks=ranks)
+        ended = launch(*command, "--steps", 4, "--evaluate-every", 2, "--out", ranks, ranks=ranks)
         assert [process.code for process in ended] == [0] * ranks, ended
-    one, two = (RunFolder.open(tmp_path / ranks) for ranks in "12")
+    one, two = (RunFolder.open(launch.folder / ranks) for ranks in "12")
     assert [line["step"] for line in two.metrics()] == [1, 2, 3, 4]
     assert_same_training(one, two)
+    return two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [("focal-dice",), ("uncertain-points", "--iou-weight", 0)])  # the second is HQ-SAM's
+def test_two_ranks_train_the_hq_head_as_one_does(launch, scenes_with, loss):
+    """The rank without an image has no gradient for the layers that see the image alone either."""
+    command = commands(scenes_with("--levels", "neck,early"))["train-top"]
+    run = train_in_one_and_two(launch, *command, "--head", "hq", "--prompts", "box,noise-mask", "--loss", *loss)
+    assert set(run.load_weights("last")) == set(fresh_head(SIZES["tiny"]))
+    assert {"held_out/iou/box", "held_out/iou/noise-mask"} <= run.metrics()[-1].keys()
+
+
+VIEWS = "identity,hflip,lsj:2"
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_views_as_one_does(launch, scenes_with):
+    """A view that one rank draws is drawn by the other: together they look at each image once in an epoch."""
+    train_in_one_and_two(launch, *commands(scenes_with("--views", VIEWS))["train-top"], "--prompts", "box")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_views_that_one_process_draws(scenes_with, world):
+    """And ask about them with the same prompts, over two epochs."""
+    data = CachedData.open(scenes_with("--views", VIEWS), annotations=None, partial=False, held_out=0.25, seed=4)
+    sampling = Sampling(parse_prompts("box,point"), seed=4, training=True, max_objects=3)
+    annotator = data.annotator(SIZES["tiny"].mask_size, sampling)
+    steps = 2 * 3  # of 4, 4 and 1 images
+
+    def draw(ranks: Ranks) -> list:
+        order = Order(data.train, 4, looks=data.looks(data.train))
+        batches = CachedBatches(data.store, annotator, order, batch_size=4, ranks=ranks, keep=steps)
+        return list(islice(batches, steps))
+
+    whole, shares = draw(Ranks()), [draw(Ranks(rank, world)) for rank in range(world)]
+    seen = []
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        rows = [row for part in parts if part is not None for row in part.rows.tolist()]
+        assert sorted(rows) == sorted(batch.rows.tolist())
+        asked = [prompts_by_row(part) for part in parts if part is not None]
+        assert {row: prompt for part in asked for row, prompt in part.items()} == prompts_by_row(batch)
+        seen += rows
+    images, views = data.store.images.ids, data.store.images.views
+    for epoch in (seen[: len(seen) // 2], seen[len(seen) // 2 :]):
+        assert sorted(images[epoch].tolist()) == sorted(set(images[data.train].tolist()))
+    assert len(set(views[seen].tolist())) > 2
+    assert any(part is None for share in shares for part in share)
+
+
+def prompts_by_row(batch: Batch) -> dict[int, list]:
+    """What is asked about each row, and where it is right."""
+    prompts, found = batch.prompts, {row: [] for row in batch.rows.tolist()}
+    for place, image in enumerate(prompts.image_index.tolist()):
+        points = prompts.points_xy_input[prompts.offsets[place] : prompts.offsets[place + 1]]
+        numbers = (prompts.kind[place], points, prompts.boxes_xyxy_input[place], prompts.chance[place],
+                   batch.targets.masks[place].sum())  # fmt: skip
+        found[int(batch.rows[image])].append([number.tolist() for number in numbers])
+    return found
 
 
 @pytest.mark.slow

@@ -21,9 +21,16 @@ FULL = ("train-full", "--dataset", "synthetic", "--scenes", 12, "--model", "tiny
         "--augment", "hflip,jitter:0.5-2.0,colour", "--corrections", 1, *COMMON)  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["train-top", "train-full"])
-def command(request, scenes) -> tuple:
-    return top_command(scenes) if request.param == "train-top" else FULL
+# Options of embed and of train-top. With views an epoch draws one for each image, so it is as many steps.
+EMBED = {"train-top": (), "hq": ("--levels", "neck,early"), "views": ("--views", "identity,hflip,lsj:2")}
+TRAIN = {"hq": ("--head", "hq", "--prompts", "box,noise-mask")}
+
+
+@pytest.fixture(scope="module", params=[*EMBED, "train-full"])
+def command(request, scenes_with) -> tuple:
+    if request.param == "train-full":
+        return FULL
+    return (*top_command(scenes_with(*EMBED[request.param])), *TRAIN.get(request.param, ()))
 
 
 @pytest.fixture(scope="module")

@@ -51,8 +51,8 @@ class ImageRecord:
 class ObjectRecord:
     """One annotated object.
 
-    `rle` is COCO's compressed run-length text at the image's size; `box_xywh_image` is tight
-    around the mask, in pixels.
+    `id` is unique within an image: parts in several tiles that share it are one object. `rle` is COCO's
+    compressed run-length text at the image's size; `box_xywh_image` is tight around the mask, in pixels.
     """
 
     id: int

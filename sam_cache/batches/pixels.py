@@ -3,9 +3,9 @@
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -52,38 +52,33 @@ class _Loaded:
     notes: tuple[str, ...]
 
 
-class _Images:
-    """Decoded images of a dataset with the sha256 of their files, each made once for all of its views.
+class _Image:
+    """An image of a dataset with the sha256 of its file, made when a thread first asks for it.
 
-    Several threads ask for images at once; views of one image are asked for in a row. The last `keep` images
-    are kept.
+    Rows that show it, one after the other, share it; it is let go of with the last of them.
     """
 
-    def __init__(self, dataset: Dataset, intensity: str, keep: int):
-        self._dataset, self._intensity, self._keep = dataset, intensity, keep
+    def __init__(self, dataset: Dataset, number: int, intensity: str):
+        self._dataset, self._record, self._intensity = dataset, dataset.images[number], intensity
         self._lock = threading.Lock()
-        self._made: dict[int, Future[tuple[Decoded, str]]] = {}
+        self._made: tuple[Decoded, str] | Exception | None = None
 
-    def get(self, number: int) -> tuple[Decoded, str, bool]:
-        """The image, its hash, and whether it was made by this call. Raises ImageError or OSError."""
+    def get(self) -> tuple[Decoded, str, bool]:
+        """The image, its hash, and whether it was made by this call. Raises what reading or decoding it raised."""
         with self._lock:
-            future = self._made.get(number)
-            mine = future is None
+            mine = self._made is None
             if mine:
-                future = self._made[number] = Future()
-                for oldest in list(self._made)[: -self._keep]:
-                    del self._made[oldest]
-        if mine:
-            try:
-                future.set_result(self._decode(number))
-            except BaseException as error:  # whatever it is, others may be waiting
-                future.set_exception(error)
-        return *future.result(), mine
+                self._made = self._make()
+        if isinstance(self._made, Exception):
+            raise self._made
+        return *self._made, mine
 
-    def _decode(self, number: int) -> tuple[Decoded, str]:
-        record = self._dataset.images[number]
-        data = self._dataset.read(record)
-        return decode(data, record, self._intensity), hashlib.sha256(data).hexdigest()
+    def _make(self) -> tuple[Decoded, str] | Exception:
+        try:
+            data = self._dataset.read(self._record)
+            return decode(data, self._record, self._intensity), hashlib.sha256(data).hexdigest()
+        except Exception as error:
+            return error
 
 
 def pixel_batches(
@@ -96,18 +91,24 @@ def pixel_batches(
 ) -> Iterator[PixelBatch]:
     """Batches for (image number, row) pairs, in their order; `view_of(row)` is what a row shows of its image.
 
-    A bad image is a failure of all its rows, never an exception.
+    Within one call an image is decoded once for all of its rows that follow one another. A bad image is a
+    failure of all its rows, never an exception.
     """
-    images = _Images(dataset, how.intensity, keep=threads)
 
-    def load(pair: tuple[int, int]) -> _Loaded | tuple[int, str]:
-        number, row = pair
+    def shared() -> Iterator[tuple[_Image, int]]:
+        for number, pairs in groupby(numbered_rows, key=itemgetter(0)):
+            image = _Image(dataset, number, how.intensity)
+            for _, row in pairs:
+                yield image, row
+
+    def load(pair: tuple[_Image, int]) -> _Loaded | tuple[int, str]:
+        image, row = pair
         try:
-            return _load(images, number, row, view_of(row), how)
+            return _load(image, row, view_of(row), how)
         except (ImageError, OSError) as error:  # OSError: from a dataset given in Python
             return row, str(error)
 
-    loaded = run_ahead(load, numbered_rows, threads, ahead=batch_size + threads)
+    loaded = run_ahead(load, shared(), threads, ahead=batch_size + threads)
     while chunk := list(islice(loaded, batch_size)):
         good = [item for item in chunk if isinstance(item, _Loaded)]
         size = how.input_size
@@ -125,9 +126,9 @@ def pixel_batches(
         )
 
 
-def _load(images: _Images, number: int, row: int, view: View, how: Preprocessing) -> _Loaded:
-    decoded, content_hash, first = images.get(number)
-    image = view.show(decoded.image)
-    geometry = Geometry(*image.shape[:2], how.input_size, how.fit)
-    pixels = to_pixels(image, geometry, how.resize)
+def _load(image: _Image, row: int, view: View, how: Preprocessing) -> _Loaded:
+    decoded, content_hash, first = image.get()
+    shown = view.show(decoded.image)
+    geometry = Geometry(*shown.shape[:2], how.input_size, how.fit)
+    pixels = to_pixels(shown, geometry, how.resize)
     return _Loaded(row, pixels, geometry, content_hash, decoded.notes if first else ())

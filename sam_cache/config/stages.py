@@ -56,6 +56,11 @@ class TrainTopConfig(DeviceKnobs, ObjectKnobs, SplitKnobs, TrainingKnobs):
     views: str | None = Field(
         None, description="Views to train on, such as identity,lsj:2. Default: all that the store holds."
     )
+    view: Literal["identity", "tile"] | None = Field(
+        None,
+        description="View of held-out images to evaluate while training. Default: identity where stored, else tiles, "
+        "merged.",
+    )
 
 
 class TrainFullConfig(DeviceKnobs, SplitKnobs, TrainingKnobs, PixelKnobs, ModelKnobs, DatasetKnobs, AdapterKnobs):

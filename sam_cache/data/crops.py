@@ -19,6 +19,28 @@ class MaskCrop:
     left: int = 0
     top: int = 0
 
+    @classmethod
+    def of(cls, mask: np.ndarray) -> "MaskCrop":
+        """The tight box of a boolean mask (H, W), which may be empty; a copy."""
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            return cls(np.zeros((0, 0), np.uint8))
+        top, left = int(rows[0]), int(columns[0])
+        return cls(mask[top : rows[-1] + 1, left : columns[-1] + 1].astype(np.uint8), left, top)
+
+    def within(self, rows: slice, columns: slice) -> "MaskCrop":
+        """What of it lies in these rows and columns, still at its place."""
+        top, left = max(rows.start, self.top), max(columns.start, self.left)
+        below, right = max(0, rows.stop - self.top), max(0, columns.stop - self.left)
+        return MaskCrop(self.mask[top - self.top : below, left - self.left : right], left, top)
+
+    def whole(self, height: int, width: int) -> np.ndarray:
+        """The boolean mask (`height`, `width`) that it was cut from."""
+        mask = np.zeros((height, width), bool)
+        rows, columns = self.mask.shape
+        mask[self.top : self.top + rows, self.left : self.left + columns] = self.mask
+        return mask
+
 
 def crop_rle(rle: bytes, height: int, width: int) -> MaskCrop:
     """Decode the tight box of an object in an image of `height` x `width` pixels.

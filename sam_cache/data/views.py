@@ -5,17 +5,20 @@ on every machine and in every run.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torchvision import tv_tensors
 
-from sam_cache.data.crops import crop_rle
-from sam_cache.data.move import Move, as_array, as_picture, zoom
+from sam_cache.data.crops import MaskCrop, crop_rle
+from sam_cache.data.move import Move, as_array, as_picture
 from sam_cache.data.prompts import keyed_generator
-from sam_cache.data.rle import mask_to_rle
+from sam_cache.data.rle import mask_to_rle, measure_rle
 from sam_cache.errors import ImageError, UsageError
 from sam_cache.types import IDENTITY, ImageRecord
 
@@ -66,24 +69,33 @@ class View:
             )
         return image if self._rests else as_array(self.move.apply(as_picture(image)))
 
-    def carry(self, rle: bytes) -> bytes | None:
+    def carry(
+        self,
+        rle: bytes,
+        box_xywh_image: tuple[float, float, float, float] | None = None,
+        crop: Callable[[], MaskCrop] | None = None,
+    ) -> bytes | None:
         """The mask of an object in the view; None where no pixel of it is left.
 
         `rle` are run lengths at the image's size, with a pixel at least; those returned are at the view's.
+        Who asks several views about one object gives its tight box, and `crop` that makes its `crop_rle` once
+        for all of them: it is called only where the box reaches into the view.
         """
         if self._rests:
             return rle
-        crop = crop_rle(rle, self.height, self.width)
-        piece, left = crop.mask, crop.left
+        # Most objects of an image lie outside of most of its tiles, and to decode one costs more than all else.
+        if not self._meets(measure_rle(rle, self.height, self.width)[0] if box_xywh_image is None else box_xywh_image):
+            return None
+        found = crop() if crop else crop_rle(rle, self.height, self.width)
+        piece, left = found.mask, found.left
         if self.move.mirror:
             piece, left = piece[:, ::-1], self.width - left - piece.shape[1]
         top, first, rows, columns = self.move.window
-        # What of the object lies in the window: most objects of an image lie outside of most of its tiles.
-        above, before = max(0, top - crop.top), max(0, first - left)
-        piece = piece[above : max(0, top + rows - crop.top), before : max(0, first + columns - left)]
+        above, before = max(0, top - found.top), max(0, first - left)
+        piece = piece[above : max(0, top + rows - found.top), before : max(0, first + columns - left)]
         if not piece.any():
             return None
-        below, right = max(0, crop.top - top), max(0, left - first)
+        below, right = max(0, found.top - top), max(0, left - first)
         mask = np.zeros((rows, columns), np.uint8)
         mask[below : below + piece.shape[0], right : right + piece.shape[1]] = piece
         if self.move.size != (rows, columns) or self.move.size != self.move.canvas:
@@ -95,11 +107,20 @@ class View:
         """Whether an object with this tight box reaches beyond what the view shows of the image."""
         if self.move is None:
             return False
+        left, top, right, bottom = self._in_window(box_xywh_image)
+        return left < 0 or top < 0 or right > self.move.window[3] or bottom > self.move.window[2]
+
+    def _meets(self, box_xywh_image: tuple[float, float, float, float]) -> bool:
+        left, top, right, bottom = self._in_window(box_xywh_image)
+        return left < self.move.window[3] and top < self.move.window[2] and right > 0 and bottom > 0
+
+    def _in_window(self, box_xywh_image: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        """The sides of a box, counted from the window's upper left corner."""
         x, y, w, h = box_xywh_image
         if self.move.mirror:
             x = self.width - x - w
-        top, left, rows, columns = self.move.window
-        return x < left or y < top or x + w > left + columns or y + h > top + rows
+        top, left, _, _ = self.move.window
+        return x - left, y - top, x - left + w, y - top + h
 
     @property
     def _rests(self) -> bool:
@@ -144,6 +165,13 @@ class Views:
         lacking += [f"lsj:{asked.lsj}"] if asked.lsj > self.lsj else []
         return lacking + ([f"tile:{asked.tile[0]}:{asked.tile[1]}"] if asked.tile not in (None, self.tile) else [])
 
+    def count(self, height: int, width: int) -> int:
+        """How many views an image of `height` x `width` pixels has, told without making any; 0 is an unknown size."""
+        tiles = 0
+        if self.tile:
+            tiles = _steps(height, *self.tile) * _steps(width, *self.tile) if height * width else 1
+        return self.identity + self.hflip + self.lsj + tiles
+
     def of(self, record: ImageRecord) -> list[View]:
         """The views of one image, in the order of their rows."""
         height, width = record.height, record.width
@@ -155,20 +183,10 @@ class Views:
         if self.hflip:
             views.append(View("hflip", height, width, _plain_move(True, everything)))
         for number in range(self.lsj):
-            random = keyed_generator(SEED, number, record.id, JITTERING)
-            mirror, scale, down, across = random.random(4).tolist()
-            low, high = SCALES
-            window, size = zoom((height, width), low + (high - low) * scale, down, across)
-            move = Move(mirror < MIRRORED, False, 0, window, size, (height, width))
+            move = _jitter(height, width, keyed_generator(SEED, number, record.id, JITTERING))
             views.append(View(f"lsj/{number}", height, width, move))
         if self.tile:
-            windows = [
-                (top, left, min(self.tile[0], height), min(self.tile[0], width))
-                for top in _starts(height, *self.tile)
-                for left in _starts(width, *self.tile)
-            ]
-            moves = [_plain_move(False, window) for window in windows]
-            views += [View(f"tile/{number}", height, width, move) for number, move in enumerate(moves)]
+            views += _tiles(height, width, *self.tile)
         return views
 
 
@@ -203,8 +221,42 @@ def parse_views(text: str) -> Views:
     return Views(**chosen)
 
 
+def _jitter(height: int, width: int, random: Generator) -> Move:
+    """Large-scale jitter as HQ-SAM does it: scaled against a square of the longest side, then cut or padded to it.
+
+    The square of an enlarged image is cut in pixels of the image, before anything is made larger.
+    """
+    mirror, scale, down, across = random.random(4).tolist()
+    low, high = SCALES
+    scale = low + (high - low) * scale
+    side, window, size = max(height, width), (0, 0, height, width), (height, width)
+    if scale < 1:
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+    else:
+        side = max(1, round(side / scale))
+        size = rows, columns = min(height, side), min(width, side)
+        window = (int(down * (height - rows + 1)), int(across * (width - columns + 1)), rows, columns)
+    return Move(mirror < MIRRORED, False, 0, window, size, (side, side))
+
+
 def _plain_move(mirror: bool, window: tuple[int, int, int, int]) -> Move:
     return Move(mirror, False, 0, window, window[2:], window[2:])
+
+
+@lru_cache(maxsize=1024)  # images of one size have the same tiles, and most datasets have few sizes
+def _tiles(height: int, width: int, side: int, overlap: int) -> tuple[View, ...]:
+    windows = [
+        (top, left, min(side, height), min(side, width))
+        for top in _starts(height, side, overlap)
+        for left in _starts(width, side, overlap)
+    ]
+    moves = [_plain_move(False, window) for window in windows]
+    return tuple(View(f"tile/{number}", height, width, move) for number, move in enumerate(moves))
+
+
+def _steps(length: int, side: int, overlap: int) -> int:
+    """How many tiles begin along one axis."""
+    return len(range(0, max(0, length - side), side - overlap)) + 1
 
 
 def _starts(length: int, side: int, overlap: int) -> list[int]:

@@ -16,11 +16,11 @@ from sam_cache.batches import (
     object_columns,
     read_rows,
 )
-from sam_cache.data import PromptMixture, View, mask_to_rle, measure_rle, open_annotations, rle_to_mask
+from sam_cache.data import PromptMixture, View, crop_rle, mask_to_rle, measure_rle, open_annotations
 from sam_cache.errors import DatasetError, StoreError
 from sam_cache.stages.coco_format import coco_annotation, coco_image
 from sam_cache.stages.exam import Exam
-from sam_cache.stages.progress import Bar, say_some
+from sam_cache.stages.progress import Bar, say, say_some
 from sam_cache.stages.source import Pictures
 from sam_cache.stages.tiles import Tile, unite
 from sam_cache.stages.view_rows import ViewRows
@@ -32,8 +32,9 @@ class CachedData:
     """An opened store with the objects to use, and its readable rows with objects as `train` and `held_out`.
 
     `categories` are those of the objects, as COCO lists them. `trainable` are the rows of all images in the
-    views to train on, `rows` one for each image in the view to evaluate; where that is in tiles (`tiled`), an
-    image's first tile stands for all of them. It is a `stages.exam.Data`.
+    views to train on, `rows` one for each image in the `view` to evaluate; where that is `tile`, an image's
+    first tile stands for all of them, and `incomplete` images are left out, of which a tile is not there. It is
+    a `stages.exam.Data`.
     """
 
     store: EmbeddingStore
@@ -44,7 +45,8 @@ class CachedData:
     trainable: np.ndarray
     rows: np.ndarray
     shows: ViewRows
-    tiled: bool
+    view: str
+    incomplete: int
     levels: tuple[str, ...]
 
     @classmethod
@@ -60,7 +62,7 @@ class CachedData:
         views: str | None = None,
         view: str | None = None,
     ) -> "CachedData":
-        """Train on `views`, all the store's unless given; evaluate on the kind `view`, see `ViewRows.examined`.
+        """Train on `views`, all the store's unless given; evaluate on the kind `view`, see `ViewRows.examine`.
 
         All views of an image are held out together. Raises StoreError for views that the store does not hold,
         and for a store with uncommitted shards, unless `partial`.
@@ -73,26 +75,47 @@ class CachedData:
                 "`samcache embed` again to finish it, or use what is there with --partial"
             )
         shows = ViewRows.of(store)
-        to_train, to_examine = shows.among(shows.check(views, str(path))), shows.examined(view, str(path))
+        to_train, view = shows.among(shows.check(views, str(path))), shows.examine(view, str(path))
         if annotations is None:
             objects, categories = store.objects(), store.object_attributes()["categories"]
         else:
             objects, categories = objects_from(annotations, store.path, shows)
-        images = store.images
-        useful = np.flatnonzero((store.row_states[images.rows] == OK) & np.isin(images.rows, objects["row"]))
+        images, readable = store.images, store.row_states[store.images.rows] == OK
+        useful = np.flatnonzero(readable & np.isin(images.rows, objects["row"]))
         _, first, image = np.unique(shows.image[useful], return_index=True, return_inverse=True)
         ones = useful[first]  # an entry of each image: it counts once, however many views there are
         apart = is_held_out(images.ids[ones], images.splits[ones], held_out, seed)[image]
-        to_train, to_examine = to_train[useful], to_examine[useful]
-        tiled = bool((shows.kinds[useful][to_examine] == "tile").any())
-        if tiled:
+        to_train, to_examine, incomplete = to_train[useful], shows.showing(view)[useful], 0
+        if view == "tile":
             examined = np.flatnonzero(to_examine)
             to_examine[examined] = np.diff(image[examined], prepend=-1) > 0
+            # An object would be scored on the part of it that is there.
+            lacking = np.isin(shows.image[useful], shows.image[shows.showing(view) & ~readable])
+            incomplete = int((to_examine & lacking).sum())
+            to_examine &= ~lacking
         rows = images.rows[useful]
         return cls(
             store, objects, categories, rows[to_train & ~apart], rows[to_examine & apart], rows[to_train],
-            rows[to_examine], shows, tiled, levels,
+            rows[to_examine], shows, view, incomplete, levels,
         )  # fmt: skip
+
+    @property
+    def tiled(self) -> bool:
+        return self.view == "tile"
+
+    def say_what_is_scored(self) -> None:
+        """Tell the person where that is less than all images, or less than the whole of each."""
+        if self.view not in ("identity", "tile"):
+            say(
+                f"{self.store.path} holds {self.shows.views} only: images are scored on their first view, {self.view}; "
+                "embed identity too to score whole images"
+            )
+        if self.incomplete:
+            say(
+                f"{self.store.path}: {self.incomplete} images are not scored, since a tile of each failed or is not "
+                "embedded yet; run the same `samcache embed` again, for failed tiles `samcache verify --retry-failed` "
+                "first"
+            )
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -115,9 +138,7 @@ class CachedData:
         annotators = [self.annotator(resolution, Sampling(kind, seed, training=False)) for kind in kinds]
         tiles: dict[int, tuple[int, Tile]] = {}
         if self.tiled:
-            readable = self.store.row_states == OK
-            found = ((row, each, tile) for row in rows for each, tile in self.shows.tiles(row).items())
-            tiles = {each: (row, tile) for row, each, tile in found if readable[each]}
+            tiles = {each: (row, tile) for row in rows for each, tile in self.shows.tiles(row).items()}
         for batch in read_rows(self.store, annotators[0], list(tiles) or rows, self.levels):
             row = int(batch.rows[0])
             rles = [self.objects["rle"][index] for index in batch.objects.tolist()]
@@ -161,23 +182,24 @@ class CachedData:
     def _ground_truth_of_tiles(self, rows: np.ndarray) -> dict:
         """The same for images stored in tiles: what these hold of an object, put together."""
         images, objects = self.store.images, self.objects
+        tiles_of = {row: self.shows.tiles(row) for row in rows.tolist()}
+        ours = np.isin(objects["row"], [each for tiles in tiles_of.values() for each in tiles])
         of_row: dict[int, list[int]] = {}
-        for index, row in enumerate(objects["row"].tolist()):
-            of_row.setdefault(row, []).append(index)
+        for index in np.flatnonzero(ours).tolist():
+            of_row.setdefault(int(objects["row"][index]), []).append(index)
         entries, annotations = [], []
-        for row in rows.tolist():
+        for row, tiles in tiles_of.items():
             image_id, parts = int(images.ids[self.shows.number_of[row]]), {}
-            tiles = self.shows.tiles(row)
             size = tiles[row].size
             entries.append(coco_image(image_id, *size))
             for tile_row, tile in tiles.items():
                 shape = tile.shown[0].stop - tile.shown[0].start, tile.shown[1].stop - tile.shown[1].start
                 for index in of_row.get(tile_row, []):
-                    mask = rle_to_mask(objects["rle"][index], *shape).astype(bool)
+                    mask = crop_rle(objects["rle"][index], *shape)
                     parts.setdefault(int(objects["id"][index]), []).append((index, tile, mask))
             for found in parts.values():
                 index = found[0][0]
-                rle = mask_to_rle(unite([(tile, mask) for _, tile, mask in found]))
+                rle = mask_to_rle(unite([(tile, mask) for _, tile, mask in found]).whole(*size))
                 category, iscrowd = objects["category"][index], objects["iscrowd"][index]
                 annotations.append(
                     coco_annotation(index + 1, image_id, category, *measure_rle(rle, *size), iscrowd, rle, size)

@@ -11,7 +11,7 @@ from sam_cache.data import Dataset, View, parse_views
 from sam_cache.model import Encoder, load_encoder, size_of
 from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device, pick_precision
-from sam_cache.stages.embedding_store import checkpoint_of, open_store, recorded
+from sam_cache.stages.embedding_store import check_space, checkpoint_of, open_store, recorded, spec_of
 from sam_cache.stages.progress import Bar, say, say_some, stop_on_signals
 from sam_cache.stages.source import open_source
 from sam_cache.store import FAILED, OK, EmbeddingStore, ShardBusy
@@ -39,9 +39,12 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
     encoder.to(device, DTYPES[precision])
     if checkpoint_of(cfg) is None and not size.packaged:
         say(f"{cfg.model}: weights drawn from a fixed seed, it knows nothing of the world yet")
+    spec = spec_of(cfg, encoder, how, precision)
+    rows = sum(views.count(record.height, record.width) for record in source.images)
+    check_space(cfg.store, spec, len(source.images), rows)  # before the list below, which may not fit the memory
     # All views of the first image, then all of the second: the order of the rows.
     shown = [(number, view) for number, record in enumerate(source.images) for view in views.of(record)]
-    store = open_store(cfg, source, shown, encoder, how, precision, recorded(cfg, dataset is None))
+    store = open_store(cfg, source, shown, spec, recorded(cfg, dataset is None))
 
     # Under --limit the store may hold more images than are asked for now.
     asked = dict(zip(store.images.rows.tolist(), shown, strict=False))
@@ -98,6 +101,9 @@ def report(cfg: EmbedConfig, store: EmbeddingStore, dataset: Dataset, notes: Cou
             f"{kind}: {count['rows']} rows with {count['objects']} objects, {count['clipped']} of them cut off "
             f"at the border; {count['dropped']} not in sight and left out"
         )
+    names = store.images.views[store.images.heights > 0]
+    if "identity" in counts and (twice := (names == "tile/0").sum() - (names == "tile/1").sum()):
+        say(f"tile: {twice} images are no larger than a tile, so their only tile is the image once more")
     what = "up to date" if not done else "done"
     say(
         f"{cfg.store}: {what}, {(states == OK).sum()} of {len(states)} {'views' if counts else 'images'} embedded, "

@@ -27,27 +27,23 @@ def checkpoint_of(cfg: ModelKnobs) -> Path | None:
     return config.home() / "checkpoints" / official
 
 
+def spec_of(cfg: EmbedConfig, encoder: Encoder, how: Preprocessing, precision: str) -> StoreSpec:
+    """The identity of the store asked for."""
+    if cfg.early_dtype and "early" not in encoder.levels:
+        raise UsageError(f"--early-dtype {cfg.early_dtype}: no early level is stored; add --levels neck,early")
+    dtypes = {"neck": cfg.dtype, "early": cfg.early_dtype or cfg.dtype}
+    levels = {name: LevelSpec(*shape, dtypes[name], cfg.codec) for name, shape in encoder.levels.items()}
+    views = str(parse_views(cfg.views))
+    return StoreSpec(cfg.model, encoder.digest, levels, precision, vars(how), cfg.shard_rows, views)
+
+
 def open_store(
-    cfg: EmbedConfig,
-    dataset: Dataset,
-    shown: Sequence[tuple[int, View]],
-    encoder: Encoder,
-    how: Preprocessing,
-    precision: str,
-    recorded: dict,
+    cfg: EmbedConfig, dataset: Dataset, shown: Sequence[tuple[int, View]], spec: StoreSpec, recorded: dict
 ) -> EmbeddingStore:
     """Create the store, or check that the one there is of the same identity, and prepare new images.
 
     `shown` are the rows: a number of the dataset's images, and which view of it.
     """
-    views = parse_views(cfg.views)
-    if cfg.early_dtype and "early" not in encoder.levels:
-        raise UsageError(f"--early-dtype {cfg.early_dtype}: no early level is stored; add --levels neck,early")
-    dtypes = {"neck": cfg.dtype, "early": cfg.early_dtype or cfg.dtype}
-    levels = {name: LevelSpec(*shape, dtypes[name], cfg.codec) for name, shape in encoder.levels.items()}
-    spec = StoreSpec(cfg.model, encoder.digest, levels, precision, vars(how), cfg.shard_rows, str(views))
-    check_space(cfg.store, spec, len(dataset.images), len(shown))
-
     attributes: dict = {}
     known = EmbeddingStore.open(cfg.store).object_attributes() if cfg.store.exists() else {}
 
@@ -57,7 +53,7 @@ def open_store(
         with Bar("reading objects", len(new), "images") as bar:
             pairs = ((number, row) for row, (number, _) in enumerate(new))
             table = object_columns(dataset, pairs, bar.advance, lambda row: new[row][1], counts)
-        if views != Views(identity=True):
+        if parse_views(cfg.views) != Views(identity=True):
             attributes["views"] = {kind: asdict(count) for kind, count in counts.items()}
         # Class-index masks name their categories as they are read, so those read before count too.
         named = {category["id"]: category for category in known.get("categories", []) + dataset.list_categories()}
@@ -82,16 +78,16 @@ def recorded(cfg: EmbedConfig, described: bool) -> dict:
 
 
 def check_space(path: Path, spec: StoreSpec, images: int, rows: int) -> None:
-    """Say what the store will take. Raises StoreError when the disk cannot hold it."""
-    if path.exists():
-        return
-    size = rows * sum(spec.row_bytes.values())
+    """Say what a new store will take. Raises StoreError when the disk cannot hold it, or what an old one grows by."""
+    held = len(EmbeddingStore.open(path).images) if path.exists() else 0
+    size = max(0, rows - held) * sum(spec.row_bytes.values())
     parent = next(folder for folder in path.resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     what = f"{images} images" + (f" in {rows} views" if rows != images else "")
-    say(f"{what} -> {path}: up to {size / 2**30:.2f} GiB of embeddings; {free / 2**30:.0f} GiB free")
+    if not held:
+        say(f"{what} -> {path}: up to {size / 2**30:.2f} GiB of embeddings; {free / 2**30:.0f} GiB free")
     if size > free:
         raise StoreError(
-            f"{path}: needs {size / 2**30:.1f} GiB but {parent} has {free / 2**30:.1f} GiB free; "
-            "choose another --store, or fewer images with --limit"
+            f"{path}: {what} need {size / 2**30:.1f} GiB{' more' if held else ''} but {parent} has "
+            f"{free / 2**30:.1f} GiB free; choose another --store, fewer --views, or fewer images with --limit"
         )

@@ -68,6 +68,7 @@ def evaluate(cfg: EvalConfig) -> int:
     report = {
         "data": data.where,
         "run": str(cfg.run) if cfg.run else None,
+        "view": data.view,
         "rows": {"which": cfg.rows, "count": len(answered), "images": data.names(np.array(answered))},
         "which": cfg.which if cfg.run else None,
         "hq_output": networks[TUNED].hq if TUNED in networks else None,
@@ -140,6 +141,7 @@ def open_cached(cfg: EvalConfig, run: RunFolder | None) -> tuple[CachedData, dic
         levels=given.levels if given else levels_of(record.get("hq")),
         view=cfg.view,
     )
+    data.say_what_is_scored()
     if run is not None:
         data.check_encoder(record["identity"], str(run.path))
         given = open_tuned_top(run, cfg.which, data.store, cfg.hq_output)

@@ -36,10 +36,12 @@ class Data(Protocol):
 
     `categories` are listed as COCO does; `style` says whose AP counts, `coco` or `lvis`. `train` and
     `held_out` are rows, `where` names the source to a person. An image may have several rows to train on, but
-    one of `held_out`.
+    one of `held_out`. `view` says what of it is scored: `identity` the image, `tile` its tiles put together
+    again, else a view's name.
     """
 
     where: str
+    view: str
     categories: list[dict]
     style: str
     train: np.ndarray

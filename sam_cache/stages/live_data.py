@@ -55,6 +55,10 @@ class LiveData:
         return cls(dataset, where, how, style, rows[~apart], rows[apart])
 
     @property
+    def view(self) -> str:
+        return "identity"
+
+    @property
     def categories(self) -> list[dict]:
         return self.dataset.list_categories()
 

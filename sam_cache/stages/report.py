@@ -65,7 +65,7 @@ def tabulate_sets(report: dict, names: list[str]) -> Table:
 
 def to_detection(answer: Answer, network: str) -> dict:
     """The answer as a COCO detection; a prompted object's category is known."""
-    mask = answer.masks[network]
+    mask = answer.whole(answer.masks[network])
     return {
         "image_id": answer.scores[network].image,
         "category_id": answer.category,
@@ -77,18 +77,21 @@ def to_detection(answer: Answer, network: str) -> dict:
 def draw_answers(image: np.ndarray, answers: list[Answer]) -> np.ndarray:
     """Prompts, truth and answers on one image, side by side."""
     geometry = answers[0].geometry
-    answers = sorted(answers, key=lambda answer: -answer.truth.sum())[:MOST_SHOWN]
+    answers = sorted(answers, key=lambda answer: -np.count_nonzero(answer.truth.mask))[:MOST_SHOWN]
     points = np.concatenate([geometry.points_to_image(a.prompt.points_xy_input.numpy()) for a in answers])
-    boxes = [geometry.boxes_to_image(a.prompt.boxes_xyxy_input.numpy()) for a in answers if a.prompt.has_box[0]]
+    # An answer joined from tiles has several prompts, and not all of these a box.
+    boxes = np.concatenate(
+        [geometry.boxes_to_image(a.prompt.boxes_xyxy_input[a.prompt.has_box].numpy()) for a in answers]
+    )
     prompts = {
         "points_xy_image": points,
         "labels": np.concatenate([a.prompt.labels.numpy() for a in answers]),
-        "boxes_xyxy_image": np.concatenate(boxes) if boxes else None,
+        "boxes_xyxy_image": boxes if len(boxes) else None,
     }
-    masks = {name: [a.masks[name] for a in answers] for name in answers[0].masks}
+    masks = {name: [a.whole(a.masks[name]) for a in answers] for name in answers[0].masks}
     ious = {name: float(np.mean([a.scores[name].iou for a in answers])) for name in masks}
     if len(masks) == 1:
         name, shown = masks.popitem()
         return draw_overlay(image, shown, **prompts, title=f"{name} SAM, IoU {ious[name]:.3f}")
-    truth = [a.truth for a in answers]
+    truth = [a.whole(a.truth) for a in answers]
     return comparison(image, truth, masks, ious=ious, **prompts)

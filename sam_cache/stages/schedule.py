@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -50,19 +50,22 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay), learning_rate_at
 
 
-def choose_repeats(cfg: TrainingKnobs, categories: list[np.ndarray]) -> np.ndarray:
-    """How often each image comes up in an epoch; `categories` are those of its objects.
+def choose_repeats(cfg: TrainingKnobs, categories: list[np.ndarray], names: Sequence[str] | None = None) -> np.ndarray:
+    """How often each row comes up in an epoch; `categories` are those of its objects.
 
     By object: often enough for `--max-objects` at a time to reach all. By repeat factor (Gupta et al.
     2019, LVIS, section 4.1): max over its categories c of max(1, sqrt(t / f_c)), f_c being the share of
-    images that hold c.
+    images that hold c, in whichever row: rows of one name show one image. Without `names` each is its own.
     """
     if cfg.sampling == "object":
         return np.array([math.ceil(len(found) / cfg.max_objects) for found in categories], np.float64)
     present = [set(found.tolist()) for found in categories]
-    images = Counter(category for found in present for category in found)
+    of_image: dict[str | int, set[int]] = {}
+    for name, found in zip(range(len(present)) if names is None else names, present, strict=True):
+        of_image.setdefault(name, set()).update(found)
+    images = Counter(category for found in of_image.values() for category in found)
     factor = {
-        category: max(1.0, math.sqrt(cfg.repeat_threshold / (count / len(present))))
+        category: max(1.0, math.sqrt(cfg.repeat_threshold / (count / len(of_image))))
         for category, count in images.items()
     }
     return np.array([max((factor[category] for category in found), default=0.0) for found in present])

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_cache.data import Geometry, PromptMixture, rle_to_mask
+from sam_cache.data import Geometry, MaskCrop, PromptMixture, crop_rle
 from sam_cache.evaluation import ObjectScore, boundary_iou, dice, mask_iou
 from sam_cache.model import Top, masks_to_image
 from sam_cache.ranks import Ranks
 from sam_cache.stages.decoding import predict
 from sam_cache.stages.exam import Data, Exam
-from sam_cache.stages.tiles import Reply, join_tiles
+from sam_cache.stages.tiles import Reply, Tile, join_tiles
 from sam_cache.training import gather
 from sam_cache.types import Batch, Prompts
 
@@ -25,18 +25,23 @@ MASK_PIXELS = 2**25  # of masks upsampled at once: 128 MiB in fp32
 
 @dataclass(frozen=True)
 class Answer:
-    """What the networks said to one prompt: by network name a boolean mask (H, W) and its score.
+    """What the networks said to one prompt: by network name a mask and its score.
 
-    `prompt` is the single prompt, in the input frame; of an answer that was joined from tiles, one per tile.
+    `prompt` is the single prompt without its mask, in the input frame; of an answer that was joined from tiles,
+    one per tile. Masks are cut to their boxes, so that those of many objects of a large image fit into memory.
     """
 
     row: int
     category: int
     geometry: Geometry
     prompt: Prompts
-    truth: np.ndarray
-    masks: dict[str, np.ndarray]
+    truth: MaskCrop
+    masks: dict[str, MaskCrop]
     scores: dict[str, ObjectScore]
+
+    def whole(self, mask: MaskCrop) -> np.ndarray:
+        """One of these masks, boolean (H, W), at the image's size."""
+        return mask.whole(self.geometry.height, self.geometry.width)
 
 
 @torch.no_grad()
@@ -55,37 +60,42 @@ def ask(
     """
     resolution = next(iter(networks.values())).size.mask_size
     found = data.exams(rows, kinds, seed, resolution)
-    for _, of_image in groupby(found, key=lambda exams: exams[0].row):
-        by_kind: dict[str, list[tuple[Exam, list[Reply]]]] = {}
+    for row, of_image in groupby(found, key=lambda exams: exams[0].row):
+        parts: dict[str, list[tuple[Tile | None, list[Reply]]]] = {}  # by kind
         for exams in of_image:
-            image = exams[0].batch.to(device)
+            image_id, image = exams[0].image_id, exams[0].batch.to(device)
             levels = {name: network.encode(image) for name, network in networks.items()}
             for exam in exams:
                 replies = _reply(networks, levels, exam, mask_budget, device)
-                by_kind.setdefault(str(exam.kind), []).append((exam, replies))
-        yield {kind: _score(parts) for kind, parts in by_kind.items()}
+                parts.setdefault(str(exam.kind), []).append((exam.tile, replies))
+        yield {
+            kind: [_score(row, image_id, kind, reply) for reply in join_tiles(found)] for kind, found in parts.items()
+        }
 
 
 def _reply(
     networks: dict[str, Top], levels: dict[str, dict], exam: Exam, mask_budget: int, device: torch.device
 ) -> list[Reply]:
     geometry, batch = exam.geometry, exam.batch
-    truths = [rle_to_mask(rle, geometry.height, geometry.width).astype(bool) for rle in exam.rles]
-    masks: dict[str, list[np.ndarray]] = {}
+    truths = [crop_rle(rle, geometry.height, geometry.width) for rle in exam.rles]
+    prompts = replace(batch.prompts, has_mask=torch.zeros_like(batch.prompts.has_mask), masks=None)
+    masks: dict[str, list[MaskCrop]] = {}
     predicted: dict[str, list[float]] = {}
     questions = replace(batch, levels={}, pixels=None).to(device)  # the image is there already, as levels
     for name, network in networks.items():
         asked = replace(questions, levels=levels[name])
-        found = [predict_in_image(network, chunk, geometry) for chunk in asked.chunks(mask_budget)]
-        masks[name] = [mask for shown, _ in found for mask in shown]
-        predicted[name] = [score for _, scores in found for score in scores.tolist()]
+        masks[name], predicted[name] = [], []
+        for chunk in asked.chunks(mask_budget):
+            shown, scores = predict_in_image(network, chunk, geometry)
+            masks[name] += map(MaskCrop.of, shown)
+            predicted[name] += scores.tolist()
     return [
         Reply(
             object,
             exam.ids[place] if exam.ids else object,
             exam.categories[place],
             geometry,
-            batch.prompts.select(torch.tensor([place])),
+            prompts.select(torch.tensor([place])),
             truth,
             {name: found[place] for name, found in masks.items()},
             {name: found[place] for name, found in predicted.items()},
@@ -94,29 +104,22 @@ def _reply(
     ]
 
 
-def _score(parts: list[tuple[Exam, list[Reply]]]) -> list[Answer]:
-    """The answers about one image, given the replies to it or to each of its tiles."""
-    exam, replies = parts[0]
-    if exam.tile is not None:
-        replies = join_tiles([(part.tile, found) for part, found in parts])
-    answers = []
-    for reply in replies:
-        truth = reply.truth
-        scores = {
-            name: ObjectScore(
-                kind=str(exam.kind),
-                image=exam.image_id,
-                object=reply.object,
-                area=float(truth.sum()),
-                iou=mask_iou(mask, truth),
-                dice=dice(mask, truth),
-                boundary_iou=boundary_iou(mask, truth),
-                predicted_iou=reply.predicted[name],
-            )
-            for name, mask in reply.masks.items()
-        }
-        answers.append(Answer(exam.row, reply.category, reply.geometry, reply.prompt, truth, reply.masks, scores))
-    return answers
+def _score(row: int, image_id: int, kind: str, reply: Reply) -> Answer:
+    size = reply.geometry.height, reply.geometry.width
+    truth, scores = reply.truth.whole(*size), {}
+    for name, crop in reply.masks.items():
+        mask = crop.whole(*size)
+        scores[name] = ObjectScore(
+            kind=kind,
+            image=image_id,
+            object=reply.object,
+            area=float(truth.sum()),
+            iou=mask_iou(mask, truth),
+            dice=dice(mask, truth),
+            boundary_iou=boundary_iou(mask, truth),
+            predicted_iou=reply.predicted[name],
+        )
+    return Answer(row, reply.category, reply.geometry, reply.prompt, reply.truth, reply.masks, scores)
 
 
 def predict_in_image(network: Top, batch: Batch, geometry: Geometry) -> tuple[list[np.ndarray], Tensor]:

@@ -1,13 +1,13 @@
 """An image that is asked about tile by tile, and the answers put together again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from sam_cache.data import Geometry
+from sam_cache.data import Geometry, MaskCrop
 from sam_cache.types import Prompts
 
 
@@ -40,9 +40,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the networks said to one prompt, not scored yet: by network name a boolean mask (H, W) and its score.
+    """What the networks said to one prompt, not scored yet: by network name a mask and its predicted IoU.
 
-    `id` is the object's own, the same in all tiles; `object` its place in the columns of objects.
+    `id` is the object's own, the same in all tiles; `object` its place in the columns of objects. Masks are cut
+    to their boxes: all tiles of an image and all kinds of prompts are kept at once. `prompt` is without its mask.
     """
 
     object: int
@@ -50,8 +51,8 @@ class Reply:
     category: int
     geometry: Geometry
     prompt: Prompts
-    truth: np.ndarray
-    masks: dict[str, np.ndarray]
+    truth: MaskCrop
+    masks: dict[str, MaskCrop]
     predicted: dict[str, float]
 
 
@@ -73,39 +74,58 @@ def _share(spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[int,
     return dict(zip(ordered, pairwise(edges), strict=True))
 
 
-def paste(parts: Sequence[tuple[Tile, np.ndarray]]) -> np.ndarray:
-    """One mask (H, W) of the whole image from boolean masks of its tiles, each of which counts on its own pixels."""
-    whole = np.zeros(parts[0][0].size, bool)
-    for tile, mask in parts:
-        whole[tile.own] = mask[tile.own_inside]
-    return whole
+def paste(parts: Sequence[tuple[Tile, MaskCrop]]) -> MaskCrop:
+    """One mask of the whole image from masks of its tiles, each of which counts on its own pixels."""
+    return _lay([(tile, mask.within(*tile.own_inside)) for tile, mask in parts])
 
 
-def unite(parts: Sequence[tuple[Tile, np.ndarray]]) -> np.ndarray:
+def unite(parts: Sequence[tuple[Tile, MaskCrop]]) -> MaskCrop:
     """The same where the masks agree with one another, as true ones do: whatever any of them holds."""
-    whole = np.zeros(parts[0][0].size, bool)
-    for tile, mask in parts:
-        whole[tile.shown] |= mask
-    return whole
+    return _lay(parts)
 
 
-def join_tiles(parts: Sequence[tuple[Tile, list[Reply]]]) -> list[Reply]:
-    """The replies about the whole image: parts of one object, which its id tells, become one.
+def _lay(parts: Sequence[tuple[Tile, MaskCrop]]) -> MaskCrop:
+    """Masks of tiles on one canvas, no larger than it must be."""
+    placed = []
+    for tile, crop in parts:
+        right, down = tile.offset_xy_image
+        if crop.mask.size:
+            placed.append((crop.top + down, crop.left + right, crop.mask))
+    if not placed:
+        return MaskCrop(np.zeros((0, 0), np.uint8))
+    top, left = min(top for top, _, _ in placed), min(left for _, left, _ in placed)
+    height = max(top + mask.shape[0] for top, _, mask in placed) - top
+    width = max(left + mask.shape[1] for _, left, mask in placed) - left
+    canvas = np.zeros((height, width), np.uint8)
+    for y, x, mask in placed:
+        canvas[y - top :, x - left :][: mask.shape[0], : mask.shape[1]] |= mask
+    return MaskCrop(canvas, left, top)
 
-    The score of a whole mask is the mean of its parts' predicted IoUs, weighted by the object's area in each
-    tile. `geometry` is that of the whole image; `prompt` holds the prompts of all parts, laid into its input.
+
+def join_tiles(parts: Sequence[tuple[Tile | None, list[Reply]]]) -> Iterator[Reply]:
+    """The replies about the whole image, one after the other: parts of one object, which its id tells, become one.
+
+    The score of a whole mask is the mean of its parts' predicted IoUs, weighted by the object's area on the
+    pixels that are each tile's own. `geometry` is that of the whole image; `prompt` holds the prompts of all
+    parts, laid into its input. Replies to an image that is in no tiles are given back.
     """
     by_id: dict[int, list[tuple[Tile, Reply]]] = {}
     for tile, replies in parts:
+        if tile is None:
+            yield from replies
+            continue
         for reply in replies:
             by_id.setdefault(reply.id, []).append((tile, reply))
-    return [_join(found) for found in by_id.values()]
+    for found in by_id.values():
+        yield _join(found)
 
 
 def _join(parts: list[tuple[Tile, Reply]]) -> Reply:
     first = parts[0][1]
     geometry = Geometry(*parts[0][0].size, first.geometry.input_size, first.geometry.fit)
-    areas = [np.count_nonzero(reply.truth) for _, reply in parts]
+    areas = [np.count_nonzero(reply.truth.within(*tile.own_inside).mask) for tile, reply in parts]
+    if not any(areas):
+        areas = [np.count_nonzero(reply.truth.mask) for _, reply in parts]
     return replace(
         first,
         geometry=geometry,
@@ -120,7 +140,7 @@ def _join(parts: list[tuple[Tile, Reply]]) -> Reply:
 
 
 def _join_prompts(parts: list[tuple[Tile, Reply]], geometry: Geometry) -> Prompts:
-    """What was asked, as points and boxes of the whole image; masks are of one tile and are left out."""
+    """What was asked, as points and boxes of the whole image."""
     moved = []
     for tile, reply in parts:
         prompt, shift = reply.prompt, np.array(tile.offset_xy_image)
@@ -131,8 +151,6 @@ def _join_prompts(parts: list[tuple[Tile, Reply]], geometry: Geometry) -> Prompt
                 prompt,
                 points_xy_input=torch.from_numpy(geometry.points_to_input(points)).float(),
                 boxes_xyxy_input=torch.from_numpy(geometry.boxes_to_input(boxes)).float(),
-                has_mask=torch.zeros_like(prompt.has_mask),
-                masks=None,
             )
         )
     return Prompts.join(moved)

@@ -27,6 +27,7 @@ def train_top(cfg: TrainTopConfig) -> int:
         seed=cfg.seed,
         levels=levels_of(hq_of(cfg)),
         views=cfg.views,
+        view=None if cfg.eval_store else cfg.view,
     )
     top = open_top(cfg, data)
     annotator = data.annotator(top.size.mask_size, make_sampling(cfg))
@@ -49,7 +50,9 @@ def train_top(cfg: TrainTopConfig) -> int:
         )
 
     exam, exam_rows = open_exam(cfg, data)
-    record = describe(data, top, precision)
+    if len(exam_rows):
+        exam.say_what_is_scored()
+    record = describe(data, exam.view, top, precision)
     # Without these it starts from the store's base weights, which have no head.
     files = {START: top_to_bytes(top)} if cfg.checkpoint or cfg.head == "hq" else {}
     course = Course("train-top", top, data, exam, exam_rows, open_batches, record, files)
@@ -81,14 +84,20 @@ def open_exam(cfg: TrainTopConfig, data: CachedData) -> tuple[CachedData, np.nda
     if not cfg.eval_store:
         return data, data.held_out
     other = CachedData.open(
-        cfg.eval_store, annotations=None, partial=cfg.partial, held_out=0, seed=cfg.seed, levels=levels_of(hq_of(cfg))
+        cfg.eval_store,
+        annotations=None,
+        partial=cfg.partial,
+        held_out=0,
+        seed=cfg.seed,
+        levels=levels_of(hq_of(cfg)),
+        view=cfg.view,
     )
     other.check_encoder(data.store.spec.to_json(), str(cfg.store))
     return other, other.rows
 
 
-def describe(data: CachedData, top: Top, precision: str) -> dict:
-    """What the run is given; `eval` takes its held-out images from here."""
+def describe(data: CachedData, view: str, top: Top, precision: str) -> dict:
+    """What the run is given, and the view it is scored on; `eval` takes its held-out images from here."""
     return {
         "stage": "train-top",
         "store": str(data.store.path.resolve()),
@@ -96,6 +105,7 @@ def describe(data: CachedData, top: Top, precision: str) -> dict:
         "model": top.size.name,
         "hq": top.hq,
         "precision": precision,
+        "view": view,
         "trained": list(dict.fromkeys(data.names(data.train))),  # an image once, however many views
         "held_out": data.names(data.held_out),
     }

@@ -69,7 +69,9 @@ def train(cfg: TrainingKnobs, course: Course, device: torch.device, precision: s
             f"get nothing; give --batch-size {ranks.world} or more, or start fewer"
         )
     network, data = course.network.to(device), course.data
-    repeats = None if cfg.sampling == "image" else choose_repeats(cfg, data.categories_of(data.train))
+    repeats = None
+    if cfg.sampling != "image":
+        repeats = choose_repeats(cfg, data.categories_of(data.train), data.names(data.train))
     order = Order(data.train, cfg.seed, repeats, data.looks(data.train))
     if not len(order):
         raise DatasetError(f"{data.where}: no image to train on has an object; check its masks or annotations")

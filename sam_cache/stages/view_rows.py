@@ -50,25 +50,38 @@ class ViewRows:
         if lacking := self.views.lacks(views):
             raise StoreError(
                 f"--views {asked}: {owner} holds {self.views}, not {', '.join(lacking)}; "
-                f"embed with --views {views} into another store"
+                f"embed with --views {self._besides(views)} into another store"
             )
         return views
 
-    def examined(self, kind: str | None, owner: str) -> np.ndarray:
-        """A boolean per entry: whether it is looked at to evaluate. Raises StoreError where no entry is of `kind`.
+    def _besides(self, asked: Views) -> Views:
+        """All that the store holds and what is asked for, which is not lost for it."""
+        ours = self.views
+        return Views(
+            ours.identity or asked.identity, ours.hflip or asked.hflip, max(ours.lsj, asked.lsj),
+            asked.tile or ours.tile,
+        )  # fmt: skip
 
-        By default that is the image itself; else all of its tiles; else its first view.
+    def examine(self, kind: str | None, owner: str) -> str:
+        """What of each image is looked at to evaluate: `identity`, `tile` for all of its tiles, or a view's name.
+
+        By default that is the image itself; else all of its tiles; else its first view. Raises StoreError where
+        the store has no view of `kind`.
         """
         held = ["identity"] * self.views.identity + ["tile"] * bool(self.views.tile)
         if kind is None:
-            return self.kinds == held[0] if held else self.images.views == self.views.first
+            return (held or [self.views.first])[0]
         if kind not in held:
-            example = "tile:1024:128" if kind == "tile" else kind
+            example = parse_views("tile:1024:128" if kind == "tile" else kind)
             raise StoreError(
-                f"--view {kind}: {owner} holds {self.views}; leave it, or embed with --views {example} "
-                "into another store"
+                f"--view {kind}: {owner} holds {self.views}; leave it, or embed with "
+                f"--views {self._besides(example)} into another store"
             )
-        return self.kinds == kind
+        return kind
+
+    def showing(self, view: str) -> np.ndarray:
+        """A boolean per entry: whether it is of this name, or any of the tiles for `tile`."""
+        return self.kinds == "tile" if view == "tile" else self.images.views == view
 
     def looks(self, rows: np.ndarray) -> np.ndarray | None:
         """Image and look of each row, as `Order` takes them; all tiles of an image together are one look at it.
@@ -86,8 +99,9 @@ class ViewRows:
 
     def tiles(self, row: int) -> dict[int, Tile]:
         """The tiles of the image that this row shows, by their rows."""
-        entries = np.flatnonzero((self.image == self.image[self.number_of[row]]) & (self.kinds == "tile"))
-        images = self.images
+        image = self.image[self.number_of[row]]
+        start, stop = np.searchsorted(self.image, [image, image + 1])  # all views of an image follow one another
+        entries, images = start + np.flatnonzero(self.kinds[start:stop] == "tile"), self.images
         boxes = [
             (-int(images.transforms[entry, 0, 2]), -int(images.transforms[entry, 1, 2]),
              int(images.widths[entry]), int(images.heights[entry]))
@@ -105,6 +119,8 @@ class ViewRows:
     def match(self, record: ImageRecord, entries: list[int]) -> list[View] | None:
         """The views of an image whose record is given, one per entry; None where it is of another size than these."""
         views, images = self.views.of(record), self.images
-        ours = [(images.views[entry], images.heights[entry], images.widths[entry]) for entry in entries]
-        theirs = [(shown.view, shown.height, shown.width) for shown in (view.record(record) for view in views)]
+        moved = map(tuple, images.transforms[entries].reshape(len(entries), 6).tolist())
+        ours = list(zip(images.views[entries], images.heights[entries], images.widths[entries], moved, strict=True))
+        records = [view.record(record) for view in views]
+        theirs = [(shown.view, shown.height, shown.width, shown.transform) for shown in records]
         return views if ours == theirs else None

@@ -48,12 +48,15 @@ class ImageTable:
 
     def differences(self, records: Sequence[ImageRecord]) -> list[str]:
         """Where `records` begin to be other images than these; a prefix or a longer list is equal."""
-        names = ("ids", "paths", "heights", "widths", "views")
-        ours = zip(*(getattr(self, name).tolist() for name in names), strict=True)
-        theirs = ((record.id, record.path, record.height, record.width, record.view) for record in records)
+        columns = [getattr(self, name).tolist() for name in ("ids", "paths", "heights", "widths", "views")]
+        # Of an image in tiles the size may show only in where the last of them lie.
+        ours = zip(*columns, map(tuple, self.transforms.reshape(len(self), 6).tolist()), strict=True)
+        theirs = ((each.id, each.path, each.height, each.width, each.view, each.transform) for each in records)
         unequal = [(i, a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
         if not unequal:
             return []
-        i, a, b = unequal[0]
+        i, (*a, a_moved), (*b, b_moved) = unequal[0]
         more = f" and {len(unequal) - 1} more" if len(unequal) > 1 else ""
-        return [f"images[{i}] (id, path, height, width, view): {a} != {b}{more}"]
+        if a != b:
+            return [f"images[{i}] (id, path, height, width, view): {tuple(a)} != {tuple(b)}{more}"]
+        return [f"images[{i}] (transform of {a[1]!r}, {a[4]}, by the image's size): {a_moved} != {b_moved}{more}"]

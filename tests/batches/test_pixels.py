@@ -1,3 +1,7 @@
+import importlib
+import time
+import tracemalloc
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -5,9 +9,9 @@ import numpy as np
 import torch
 
 from sam_cache.batches import Preprocessing, ViewCount, object_columns, pixel_batches
-from sam_cache.data import decode, parse_views
+from sam_cache.data import crop_rle, decode, mask_to_rle, measure_rle, parse_views
 from sam_cache.data.synthetic import open_synthetic
-from sam_cache.types import ImageRecord
+from sam_cache.types import ImageRecord, ObjectRecord
 
 HOW = Preprocessing(64)
 VIEWS = parse_views("identity,hflip,lsj:2,tile:40:8")
@@ -31,6 +35,34 @@ def test_an_image_is_read_once_for_all_its_views():
     assert read == {0: 1, 1: 1, 2: 1, 3: 1}
     assert [row for batch in found for row in batch.rows] == list(range(len(shown)))
     assert len({hash for batch in found for hash in batch.hashes}) == 4
+
+
+def test_a_decoded_image_is_let_go_of_with_the_last_row_that_shows_it(monkeypatch):
+    module, alive = importlib.import_module("sam_cache.batches.pixels"), weakref.WeakSet()
+
+    class Watched(np.ndarray):
+        """An array that can be found again in a set."""
+
+        __hash__ = object.__hash__
+
+        def __eq__(self, other):
+            return self is other
+
+    def watching(*arguments):
+        found = decode(*arguments)
+        image = found.image.view(Watched)
+        alive.add(image)
+        return replace(found, image=image)
+
+    monkeypatch.setattr(module, "decode", watching)
+    scenes = open_synthetic(6, size=96)
+    batches = pixel_batches(scenes, [(number, number) for number in range(6)], HOW, batch_size=6, threads=3)
+    assert next(batches).rows == list(range(6))
+    for _ in range(500):  # a thread drops its work a moment after it has handed over the result
+        if alive:
+            time.sleep(0.01)
+    assert not alive
+    assert next(batches, None) is None
 
 
 def test_a_view_becomes_pixels_as_if_it_were_a_file_of_its_own():
@@ -97,3 +129,50 @@ def test_objects_are_measured_in_their_view_and_counted():
             assert (table[name][index] >= (x, y)).all()
             assert (table[name][index] < (x + w, y + h)).all()
         assert 0 < table["area"][index] <= w * h
+
+
+def test_an_object_is_decoded_once_for_all_views_of_its_image(monkeypatch):
+    module, decoded = importlib.import_module("sam_cache.batches.object_columns"), Counter()
+
+    def counting(rle, *size):
+        decoded[rle] += 1
+        return crop_rle(rle, *size)
+
+    monkeypatch.setattr(module, "crop_rle", counting)
+    scenes = open_synthetic(2, size=96)
+    shown = [(number, view) for number, record in enumerate(scenes.images) for view in VIEWS.of(record)]
+    pairs = [(number, row) for row, (number, _) in enumerate(shown)]
+    object_columns(scenes, pairs, view_of=lambda row: shown[row][1])
+    assert decoded == Counter(found.rle for number in range(2) for found in scenes.objects(number))
+    decoded.clear()
+    object_columns(scenes, [(0, 0), (1, 1)])
+    assert not decoded
+
+
+def test_objects_take_no_more_room_on_the_way_than_in_the_table():
+    scenes = open_synthetic(1, size=64)
+    mask = np.zeros((64, 64), bool)
+    mask[20:30, 20:30] = True
+    rle = mask_to_rle(mask)
+    found = ObjectRecord(2**40, 2**40, rle, *measure_rle(rle, 64, 64))
+    many = replace(scenes, images=[replace(scenes.images[0], id=id) for id in range(400)],
+                   convert=lambda number: ([found] * 10, []))  # fmt: skip
+    object_columns(many, [(0, 0)])  # what is made at the first call stays
+    tracemalloc.start()
+    try:
+        table = object_columns(many, ((number, number) for number in range(400)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = sum(column.nbytes for name, column in table.items() if name != "rle")
+    size += table["rle"].data.nbytes + table["rle"].offsets.nbytes
+    assert len(table["row"]) == 4000
+    assert peak < 1.5 * size
+
+
+def test_no_objects_make_columns_of_no_length():
+    scenes = replace(open_synthetic(1), convert=lambda number: ([], []))
+    table = object_columns(scenes, [(0, 0)])
+    assert {len(column) for column in table.values()} == {0}
+    assert table["box_xywh_image"].shape == (0, 4)
+    assert table["centroid_moved"].dtype == bool

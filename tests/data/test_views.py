@@ -1,11 +1,14 @@
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from sam_cache.data import Views, mask_to_rle, measure_rle, parse_views, rle_to_mask
+from sam_cache.data import Views, crop_rle, mask_to_rle, measure_rle, parse_views, rle_to_mask
 from sam_cache.data.move import PADDING, Move
 from sam_cache.errors import ImageError, UsageError
 from sam_cache.types import IDENTITY, ImageRecord
@@ -126,6 +129,49 @@ def test_every_pixel_goes_where_the_transform_says_and_masks_with_it(height, wid
         assert view.cuts(box) == (expected.sum() < mask.sum())
 
 
+@settings(max_examples=60)
+@given(sides, sides, all_views, st.integers(0, 999))
+def test_a_mask_is_carried_as_if_all_of_it_were_moved(height, width, views, seed):
+    """Held against the whole mask, moved as torchvision moves it."""
+    random = np.random.default_rng(seed)
+    mask = random.random((height, width)) < random.choice([0.02, 0.5])
+    mask[random.integers(height), random.integers(width)] = True
+    rle = mask_to_rle(mask)
+    box, crop = measure_rle(rle, height, width)[0], partial(crop_rle, rle, height, width)
+    for view in views.of(record(height, width, seed)):
+        moved = tv_tensors.Mask(torch.from_numpy(mask.astype(np.uint8))[None])
+        moved = (view.move.apply(moved) if view.move else moved)[0].numpy()
+        expected = mask_to_rle(moved) if moved.any() else None
+        assert view.carry(rle) == view.carry(rle, box, crop) == expected
+
+
+def test_an_object_outside_of_a_view_is_not_decoded():
+    mask = np.zeros((64, 64), bool)
+    mask[10:14, 20:24] = True
+    rle, asked = mask_to_rle(mask), []
+
+    def crop():
+        asked.append(view.name)
+        return crop_rle(rle, 64, 64)
+
+    views = parse_views("identity,hflip,tile:16:0").of(record(64, 64))
+    found = {}
+    for view in views:
+        found[view.name] = view.carry(rle, (20.0, 10.0, 4.0, 4.0), crop)
+    assert asked == ["hflip", "tile/1"]
+    assert [name for name, carried in found.items() if carried] == ["identity", "hflip", "tile/1"]
+
+
+@given(st.integers(0, 40), st.integers(0, 40), all_views)
+def test_views_are_counted_without_being_made(height, width, views):
+    assert views.count(height, width) == len(views.of(record(height, width)))
+
+
+def test_views_that_fit_no_memory_are_counted_too():
+    assert parse_views("identity,tile:8:7").count(300, 300) == 1 + 293**2
+    assert parse_views("tile:2:1").count(100_001, 100_001) == 10**10
+
+
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(9, 400), st.integers(0, 8))
 def test_tiles_cover_the_image_and_end_at_its_border(height, width, side, overlap):
     seen = np.zeros((height, width), int)
@@ -159,19 +205,19 @@ def test_jittered_views_are_the_same_for_everyone_and_all_differ():
 def test_jittered_views_do_not_change_with_a_new_version():
     """Stores are grown by later versions."""
     moves = [view.move for view in parse_views("lsj:4").of(record(50, 60))]
-    assert [(move.mirror, move.window, move.size) for move in moves] == [
-        (True, (0, 0, 50, 60), (31, 37)),
-        (False, (0, 0, 50, 60), (36, 43)),
-        (False, (7, 8, 30, 36), (50, 60)),
-        (True, (10, 6, 36, 44), (50, 60)),
+    assert [(move.mirror, move.window, move.size, move.canvas) for move in moves] == [
+        (True, (0, 0, 50, 60), (31, 37), (60, 60)),
+        (False, (0, 0, 50, 60), (36, 43), (60, 60)),
+        (False, (5, 8, 36, 36), (36, 36), (36, 36)),
+        (True, (4, 6, 44, 44), (44, 44), (44, 44)),
     ]
 
 
 def test_jittered_views_are_half_mirrored_and_scaled_evenly():
     moves = [view.move for id in range(200) for view in parse_views("lsj:2").of(record(1000, 800, id))]
-    assert all(move.canvas == (1000, 800) for move in moves)
     assert 160 < sum(move.mirror for move in moves) < 240
-    scales = np.array([move.size[0] / move.window[2] for move in moves])
+    assert all(move.canvas[0] == move.canvas[1] for move in moves)  # a square, as HQ-SAM pads to
+    scales = np.array([move.size[0] / move.window[2] * 1000 / move.canvas[0] for move in moves])
     assert 0.1 <= scales.min() < 0.15
     assert 1.9 < scales.max() <= 2
     assert 150 < (scales < 1).sum() < 230  # 9 of 19
@@ -183,17 +229,18 @@ def test_jittered_masks_are_those_at_the_middles_of_the_pixels(height, width, id
     mask = np.random.default_rng(id).random((height, width)) < 0.3
     mask[height // 2, width // 2] = True
     (view,) = parse_views("lsj:1").of(record(height, width, id))
+    side, _ = view.move.canvas
     a, _, c, _, e, f = view.transform
-    x, y = (np.arange(width) + 0.5 - c) / a, (np.arange(height) + 0.5 - f) / e
+    x, y = (np.arange(side) + 0.5 - c) / a, (np.arange(side) + 0.5 - f) / e
     # Where the middle falls on the edge between two pixels, either is right.
     exact = (np.abs(x - x.round()) > 1e-4)[None] & (np.abs(y - y.round()) > 1e-4)[:, None]
     inside = ((x >= 0) & (x < width))[None] & ((y >= 0) & (y < height))[:, None]
-    window = np.zeros((height, width), bool)
+    window = np.zeros((side, side), bool)
     window[: view.move.size[0], : view.move.size[1]] = True
-    assert (inside == window)[exact].all()
+    assert (inside >= window)[exact].all()
     expected = mask[np.clip(y, 0, height - 1).astype(int)[:, None], np.clip(x, 0, width - 1).astype(int)[None]] & window
     carried = view.carry(mask_to_rle(mask))
-    found = np.zeros((height, width), bool) if carried is None else rle_to_mask(carried, height, width).astype(bool)
+    found = np.zeros((side, side), bool) if carried is None else rle_to_mask(carried, side, side).astype(bool)
     assert np.array_equal(found & exact, expected & exact)
 
 
@@ -205,11 +252,12 @@ def test_jittered_images_lie_where_their_masks_do(height, width, id):
     image = np.repeat(np.where(mask, 255, PADDING).astype(np.uint8)[:, :, None], 3, axis=2)
     (view,) = parse_views("lsj:1").of(record(height, width, id))
     shown, carried = view.show(image), view.carry(mask_to_rle(mask))
-    assert shown.shape == image.shape
+    side, _ = view.move.canvas
+    assert shown.shape == (side, side, 3)
     assert (shown[view.move.size[0] :] == PADDING).all()
     assert (shown[:, view.move.size[1] :] == PADDING).all()
     if carried is not None:
-        found, seen = rle_to_mask(carried, height, width), shown[:, :, 0] > (255 + PADDING) / 2
+        found, seen = rle_to_mask(carried, side, side), shown[:, :, 0] > (255 + PADDING) / 2
         kernel = np.ones((3, 3), np.uint8)
         assert (cv2.erode(found, kernel) <= seen).all()
         assert (seen <= cv2.dilate(found, kernel)).all()

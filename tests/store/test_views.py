@@ -78,6 +78,21 @@ def test_other_views_are_refused_with_both_values(tmp_path, kit):
         open_with_views(tmp_path / "s", kit, 2, renamed)
 
 
+def test_a_tile_that_lies_elsewhere_is_refused(tmp_path, kit):
+    """All else about it may be the same, where the image has become larger."""
+    open_with_views(tmp_path / "s", kit, 2)
+    moved = records_with_views(kit, 3)
+    open_with_views(tmp_path / "s", kit, 3, moved)
+    moved[5] = replace(moved[5], transform=(1.0, 0.0, -7.5, 0.0, 1.0, -4.0))
+    with pytest.raises(StoreError) as error:
+        open_with_views(tmp_path / "s", kit, 3, moved)
+    assert (
+        "images[5] (transform of 'folder/ö 1.jpg', tile, by the image's size): "
+        f"{TILE} != (1.0, 0.0, -7.5, 0.0, 1.0, -4.0); choose another --store" in str(error.value)
+    )
+    assert "\n" not in str(error.value)
+
+
 def test_a_store_from_before_there_were_views_opens_and_grows(tmp_path, kit, monkeypatch):
     to_json = StoreSpec.to_json
     with monkeypatch.context() as patch:

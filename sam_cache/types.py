@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
-IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+IDENTITY_TRANSFORM = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ImageRecord:
     width: int = 0
     split: str = ""
     view: str = "identity"
-    transform: tuple[float, float, float, float, float, float] = IDENTITY
+    transform: tuple[float, float, float, float, float, float] = IDENTITY_TRANSFORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Prompts:
 
     Nothing is padded: a padded point would add a token and change the mask. `labels` are 1 for
     foreground and 0 for background. `boxes_xyxy_input[p]` counts only where `has_box[p]`, `masks[p]`,
-    logits at the decoder's resolution, only where `has_mask[p]`; `masks` is None where no prompt has one.
+    logits at the decoder's resolution, only where `has_mask[p]`; `masks` may be None where no prompt has one.
     A prompt with neither points nor box nor mask is the kind `none`. `image_index[p]` says which image
     of the batch it asks about, `kind[p]` indexes `sam_cache.data.prompts.KINDS`.
 

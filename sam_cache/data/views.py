@@ -20,7 +20,7 @@ from sam_cache.data.move import Move, as_array, as_picture
 from sam_cache.data.prompts import keyed_generator
 from sam_cache.data.rle import mask_to_rle, measure_rle
 from sam_cache.errors import ImageError, UsageError
-from sam_cache.types import IDENTITY, ImageRecord
+from sam_cache.types import IDENTITY_TRANSFORM, ImageRecord
 
 KINDS = {"identity": "identity", "hflip": "hflip", "lsj": "lsj:4", "tile": "tile:1024:128"}  # and how to write them
 SYNTAX = {"lsj": re.compile(r"(\d+)"), "tile": re.compile(r"(\d+):(\d+)")}
@@ -51,7 +51,7 @@ class View:
     @property
     def transform(self) -> tuple[float, float, float, float, float, float]:
         """Where a place of the image lies in the view, as in `types.ImageRecord`."""
-        return self.move.transform(self.height, self.width) if self.move else IDENTITY
+        return self.move.transform(self.height, self.width) if self.move else IDENTITY_TRANSFORM
 
     def record(self, record: ImageRecord) -> ImageRecord:
         """The image's record as that of this view."""

@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from sam_cache.data import Views, crop_rle, mask_to_rle, measure_rle, parse_views, rle_to_mask
 from sam_cache.data.move import PADDING, Move
 from sam_cache.errors import ImageError, UsageError
-from sam_cache.types import IDENTITY, ImageRecord
+from sam_cache.types import IDENTITY_TRANSFORM, ImageRecord
 
 sides = st.integers(1, 12)
 tiles = st.integers(1, 14).flatmap(lambda side: st.tuples(st.just(side), st.integers(0, side - 1)))
@@ -88,7 +88,7 @@ def test_the_image_itself_is_left_as_it_is():
     assert view.show(image) is image
     assert view.carry(b"whatever") == b"whatever"
     assert view.record(record(5, 7)) == record(5, 7)
-    assert view.transform == IDENTITY
+    assert view.transform == IDENTITY_TRANSFORM
 
 
 @given(sides, sides)

@@ -40,11 +40,14 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
     if checkpoint_of(cfg) is None and not size.packaged:
         say(f"{cfg.model}: weights drawn from a fixed seed, it knows nothing of the world yet")
     spec = spec_of(cfg, encoder, how, precision)
+    known = EmbeddingStore.open(cfg.store) if cfg.store.exists() else None
     rows = sum(views.count(record.height, record.width) for record in source.images)
-    check_space(cfg.store, spec, len(source.images), rows)  # before the list below, which may not fit the memory
+    # Before the list below, which may not fit the memory.
+    check_space(cfg.store, spec, len(source.images), rows, held=len(known.images) if known else 0)
     # All views of the first image, then all of the second: the order of the rows.
     shown = [(number, view) for number, record in enumerate(source.images) for view in views.of(record)]
-    store = open_store(cfg, source, shown, spec, recorded(cfg, dataset is None))
+    attributes = known.object_attributes() if known else {}
+    store = open_store(cfg, source, shown, spec, recorded(cfg, dataset is None), attributes)
 
     # Under --limit the store may hold more images than are asked for now.
     asked = dict(zip(store.images.rows.tolist(), shown, strict=False))

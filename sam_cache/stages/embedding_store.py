@@ -38,14 +38,19 @@ def spec_of(cfg: EmbedConfig, encoder: Encoder, how: Preprocessing, precision: s
 
 
 def open_store(
-    cfg: EmbedConfig, dataset: Dataset, shown: Sequence[tuple[int, View]], spec: StoreSpec, recorded: dict
+    cfg: EmbedConfig,
+    dataset: Dataset,
+    shown: Sequence[tuple[int, View]],
+    spec: StoreSpec,
+    recorded: dict,
+    known: dict,
 ) -> EmbeddingStore:
     """Create the store, or check that the one there is of the same identity, and prepare new images.
 
-    `shown` are the rows: a number of the dataset's images, and which view of it.
+    `shown` are the rows: a number of the dataset's images, and which view of it. `known` are the attributes of
+    the objects in the store that is there, {} without one.
     """
     attributes: dict = {}
-    known = EmbeddingStore.open(cfg.store).object_attributes() if cfg.store.exists() else {}
 
     def prepare(records: Sequence[ImageRecord]) -> Table:
         new = shown[len(shown) - len(records) :]
@@ -77,9 +82,11 @@ def recorded(cfg: EmbedConfig, described: bool) -> dict:
     }
 
 
-def check_space(path: Path, spec: StoreSpec, images: int, rows: int) -> None:
-    """Say what a new store will take. Raises StoreError when the disk cannot hold it, or what an old one grows by."""
-    held = len(EmbeddingStore.open(path).images) if path.exists() else 0
+def check_space(path: Path, spec: StoreSpec, images: int, rows: int, held: int) -> None:
+    """Say what a new store will take; `held` are the rows of an old one.
+
+    Raises StoreError when the disk cannot hold it, or what it grows by.
+    """
     size = max(0, rows - held) * sum(spec.row_bytes.values())
     parent = next(folder for folder in path.resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free

@@ -1,7 +1,6 @@
 """The programs of benchmarks/ still start, and the contenders of the headline figure still run."""
 
 import argparse
-import importlib
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,7 @@ from sam_cache.model import SIZES, freeze, load_sam
 from sam_cache.model.parts import is_of_hq_head, outline
 from sam_cache.stages.cached_data import CachedData
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)  # they import one another by name, as scripts do
-    return importlib.import_module
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))

@@ -30,8 +30,9 @@ def quantise(
     scale = (high / 2 - low / 2) / LARGEST
     if not (torch.isfinite(scale) & torch.isfinite(offset)).all():
         raise ValueError("not finite")
-    steps = (value - offset) / scale.clamp(min=torch.finfo(scale.dtype).tiny)
-    return steps.round().clamp(-LARGEST, LARGEST).to(torch.int8), scale, offset
+    # In place: fresh memory for each step costs more than all of them.
+    steps = (value - offset).div_(scale.clamp(min=torch.finfo(scale.dtype).tiny))
+    return steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale, offset
 
 
 def dequantise(levels: dict[str, Shaped[Tensor, "I _ _ _"]], name: str) -> Float[Tensor, "I _ _ _"]:

@@ -15,7 +15,7 @@ from sam_cache.store.images import ImageTable
 from sam_cache.store.reader import RowReader
 from sam_cache.store.ring import Ring
 from sam_cache.store.row_index import ABSENT, FAILED, HOLE, OK
-from sam_cache.store.spec import FORMAT, LevelSpec, Shard, StoreSpec
+from sam_cache.store.spec import FORMAT, STORED_TYPES, LevelSpec, Shard, StoreSpec
 from sam_cache.store.verify import VerifyReport, verify
 from sam_cache.store.writer import ShardBusy, ShardWriter
 
@@ -31,6 +31,7 @@ __all__ = [
     "Ragged",
     "Ring",
     "RowReader",
+    "STORED_TYPES",
     "Shard",
     "ShardBusy",
     "ShardWriter",

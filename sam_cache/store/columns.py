@@ -4,7 +4,8 @@ Text and bytes are a subgroup with `data` (uint8) and `offsets` (int64), because
 type is not read everywhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import TypeAlias
 
 import numpy as np
 import zarr
+from numcodecs import zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from sam_cache.errors import StoreError
+from sam_cache.store.layout import CHECKSUM_BYTES
 
 CHUNK_BYTES = 16 * 2**20
+TEXTS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +48,20 @@ class Ragged:
     def __iter__(self) -> Iterator[bytes]:
         return (self[item] for item in range(len(self)))
 
+    def to_text(self) -> np.ndarray:
+        """The items, in UTF-8 and without a zero byte, as numpy's variable-width strings."""
+        texts = np.empty(len(self), np.dtypes.StringDType())
+        # numpy turns strings of one width into its own at once, where a `str` for each takes ten times as long.
+        for first in range(0, len(self), TEXTS_AT_ONCE):
+            offsets = self.offsets[first : first + TEXTS_AT_ONCE + 1]
+            lengths = np.diff(offsets)
+            padded = np.zeros((len(lengths), max(1, lengths.max())), np.uint8)
+            padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.data[offsets[0] : offsets[-1]]
+            texts[first : first + len(lengths)] = padded.view(f"S{padded.shape[1]}")[:, 0]
+        return texts
 
-Table: TypeAlias = dict[str, np.ndarray | Ragged]
+
+Table: TypeAlias = Mapping[str, np.ndarray | Ragged]
 
 
 def write_table(folder: Path, table: Table, attributes: dict | None = None) -> None:
@@ -74,26 +90,43 @@ def write_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
     )
 
 
-def read_table(folder: Path) -> Table:
-    return {
-        name: node[:] if isinstance(node, zarr.Array) else Ragged(node["data"][:], node["offsets"][:])
-        for name, node in sorted(zarr.open_group(folder, mode="r").members())
-    }
+def read_column(folder: Path) -> np.ndarray | Ragged:
+    """A column whose files were just found to be what was committed: their checksums are not looked at."""
+    node = zarr.open(folder, mode="r")
+    if isinstance(node, zarr.Array):
+        return _read_array(node, folder)
+    return Ragged(_read_array(node["data"], folder / "data"), _read_array(node["offsets"], folder / "offsets"))
+
+
+def _read_array(node: zarr.Array, folder: Path) -> np.ndarray:
+    """Each chunk is decompressed where it is to stand: zarr puts it into fresh memory first, which costs more."""
+    plain = [type(codec) for codec in node.compressors] == [ZstdCodec, Crc32cCodec] and node.chunks[0]
+    if not plain or node.shards or node.filters or node.chunks[1:] != node.shape[1:]:
+        return node[:]  # as `write_array` never writes it
+    found = np.empty(node.shape, node.dtype)
+    whole, size = found.reshape(-1).view(np.uint8), prod(node.chunks) * found.itemsize
+
+    def read(number: int) -> None:
+        path = folder / "c" / "/".join([str(number), *"0" * (node.ndim - 1)])
+        data, target = memoryview(path.read_bytes())[:-CHECKSUM_BYTES], whole[number * size :][:size]
+        if len(target) == size:
+            zstd.decompress(data, target)
+        else:  # the last chunk is filled up
+            target[:] = np.frombuffer(zstd.decompress(data), np.uint8)[: len(target)]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, range(-(-len(whole) // size) if size else 0)))
+    return found
 
 
 def read_attributes(folder: Path) -> dict:
     return dict(zarr.open_group(folder, mode="r").attrs)
 
 
-def concatenate(tables: Sequence[Table]) -> Table:
-    """The tables under one another; those without any column (nothing was annotated) are left out."""
-    tables = [table for table in tables if table]
-    if len(tables) < 2:
-        return tables[0] if tables else {}
-    return {name: _join([table[name] for table in tables]) for name in tables[0]}
-
-
-def _join(columns: list[np.ndarray | Ragged]) -> np.ndarray | Ragged:
+def join(columns: Sequence[np.ndarray | Ragged]) -> np.ndarray | Ragged:
+    """The columns under one another; one alone is not copied."""
+    if len(columns) == 1:
+        return columns[0]
     if not isinstance(columns[0], Ragged):
         return np.concatenate(columns)
     lengths = np.concatenate([np.diff(column.offsets) for column in columns])

@@ -10,24 +10,22 @@ import zarr
 
 from sam_cache import durable
 from sam_cache.errors import StoreError
-from sam_cache.store.columns import Table, concatenate, read_attributes, read_table
+from sam_cache.store.columns import Table, read_attributes
 from sam_cache.store.images import ImageTable
-from sam_cache.store.ledger import (
-    COMPACT,
-    NAMES,
-    changed,
-    damage,
-    read_compact,
-    read_ledger,
-    read_record,
-    record_name,
-    refusal,
-    write_compact,
-)
+from sam_cache.store.ledger import NAMES, changed, damage, read_ledger, read_record, record_name, refusal
 from sam_cache.store.prepare import MAIN, create, grow, replace_objects
 from sam_cache.store.reader import RowReader
 from sam_cache.store.row_index import ABSENT, RowIndex
+from sam_cache.store.shard_records import (
+    Compaction,
+    fill_index,
+    outline,
+    read_compaction,
+    signature_of_compaction,
+    write_compaction,
+)
 from sam_cache.store.spec import FORMAT, Shard, StoreSpec
+from sam_cache.store.stored_table import StoredTable
 from sam_cache.store.writer import ShardBusy, ShardWriter, discard_partial, locked_journal
 from sam_cache.types import ImageRecord
 
@@ -51,14 +49,13 @@ class EmbeddingStore:
         metadata = json.loads((path / "zarr.json").read_bytes())["attributes"]["samcache"]
         self.spec = StoreSpec.from_json(metadata["identity"])
         self.recorded: dict = metadata["recorded"]
-        self.images = self._read_images()
+        self.images = self._list_images()
         self._shards = self._ledger.list_shards(self.spec.shard_rows)
         self._index = RowIndex(self.spec.arrays, len(self._shards), self.spec.shard_rows)
-        self._index.states[self.images.rows] = ABSENT
-        self._compact_file = _signature(path / "ledger" / COMPACT)
-        for record in self._ledger.shards.values():
-            self._take(record)
-        self._ledger.shards.clear()  # the index holds what they say, in a fraction of the memory
+        for record in self._ledger.prepares.values():
+            self._index.states[record["first_row"] : record["first_row"] + record["images"]] = ABSENT
+        compaction, _ = fill_index(path, self._index, self._digest, refusal(path))
+        self._compaction = compaction.signature
 
     @classmethod
     def open(cls, path: Path | str) -> "EmbeddingStore":
@@ -115,11 +112,13 @@ class EmbeddingStore:
         return self._ledger.object_sets()
 
     def objects(self, name: str = MAIN) -> Table:
-        """The columns of an object set; `row` is the row of the object's image."""
-        return concatenate([read_table(self.path / part) for part in self._parts(name)])
+        """The columns of an object set, read when they are asked for; `row` is the row of the object's image."""
+        return StoredTable(self.path, self._parts(name), self._ledger.files())
 
     def object_attributes(self, name: str = MAIN) -> dict:
-        return read_attributes(self.path / self._parts(name)[-1])
+        last = self._parts(name)[-1]
+        self._check(f"{last}/zarr.json")
+        return read_attributes(self.path / last)
 
     def set_objects(self, name: str, table: Table, attributes: dict) -> None:
         """Add or replace object set `name` as a whole; `row` in `table` is a row of the store."""
@@ -129,7 +128,6 @@ class EmbeddingStore:
             self._ledger = read_ledger(self.path)
             replace_objects(self.path, self._ledger, name, table, attributes)
             self._ledger = read_ledger(self.path)
-            self._ledger.shards.clear()
 
     @property
     def row_states(self) -> np.ndarray:
@@ -139,7 +137,7 @@ class EmbeddingStore:
     @property
     def content_hashes(self) -> np.ndarray:
         """Every row's image file as sha256 in hex (`S64`); empty where the row is not ok."""
-        return self._index.contents[: self._ledger.rows].copy()
+        return self._index.content_hashes()[: self._ledger.rows]
 
     def failures(self) -> list[tuple[int, str]]:
         """(row, reason) of every failed row."""
@@ -147,7 +145,7 @@ class EmbeddingStore:
 
     def bytes_on_disk(self) -> dict[str, int]:
         """Bytes of the committed shard files of each level, with those of its scale and offset."""
-        sizes = self._index.file_sizes
+        sizes = self._index.sizes
         return {
             name: sum(int(sizes[array].sum()) for array in level.arrays(name))
             for name, level in self.spec.levels.items()
@@ -158,9 +156,9 @@ class EmbeddingStore:
 
     def committed(self, shard: Shard) -> bool:
         """Whether the ledger has the shard; what other processes have committed meanwhile counts."""
-        if shard.index not in self._index.committed:
+        if not self._index.committed[shard.index]:
             self._refresh(shard.index)
-        return shard.index in self._index.committed
+        return bool(self._index.committed[shard.index])
 
     def uncommitted(self) -> list[Shard]:
         return [shard for shard in self._shards if not self.committed(shard)]
@@ -183,22 +181,24 @@ class EmbeddingStore:
                 writer.close()
 
     def compact(self) -> None:
-        """Gather all shard records into one file, and sweep up after committed shards."""
+        """Gather all shard records, and sweep up after committed shards."""
         with self._locked():
-            shards = read_ledger(self.path).shards
-            write_compact(self.path, shards)
-            self._compact_file = _signature(self.path / "ledger" / COMPACT)
-            for index, record in shards.items():
-                (self.path / "ledger" / record_name("shard", index)).unlink(missing_ok=True)
-                self._take(record)
+            single = [*(self.path / "ledger").glob("shard-*.json")]
+            index = outline(self.path, self._digest)
+            fill_index(self.path, index, self._digest, refusal(self.path))
+            write_compaction(self.path, index, self._digest)
+            for path in single:
+                path.unlink(missing_ok=True)
+        self._index.add_table(index.to_table(), index.failures)
         for journal in (self.path / "ledger" / "partial").glob("shard-*.journal"):
-            index = int(journal.stem.removeprefix("shard-"))
-            if index in self._index.committed:
-                with suppress(ShardBusy), locked_journal(self.path, index):
-                    discard_partial(self.path, self.spec, index)
+            shard = int(journal.stem.removeprefix("shard-"))
+            if shard < len(index.committed) and index.committed[shard]:
+                with suppress(ShardBusy), locked_journal(self.path, shard):
+                    discard_partial(self.path, self.spec, shard)
 
-    def reader(self, levels: Sequence[str] = ("neck",)) -> RowReader:
-        return RowReader(self.path, self.spec, self._index, levels)
+    def reader(self, levels: Sequence[str] = ("neck",), verify: bool = True) -> RowReader:
+        """Reads rows of `levels`; without `verify` it trusts the disk, which only a measurement should."""
+        return RowReader(self.path, self.spec, self._index, levels, verify)
 
     @property
     def _digest(self) -> str:
@@ -224,35 +224,25 @@ class EmbeddingStore:
         for what in changed(self.path, files):
             raise damage(self.path, what)
 
-    def _read_images(self) -> ImageTable:
-        self._check("images/")
-        segments = sorted(self._ledger.prepares)
-        return ImageTable.from_columns(
-            concatenate([read_table(self.path / "images" / str(segment)) for segment in segments])
-        )
+    def _list_images(self) -> ImageTable:
+        files = {name: entry for name, entry in self._ledger.files().items() if name.startswith("images/")}
+        lengths = {segment: record["images"] for segment, record in sorted(self._ledger.prepares.items())}
+        return ImageTable(self.path, lengths, files)
 
     def _parts(self, name: str) -> list[str]:
         if name not in self.object_sets():
             raise StoreError(f"{self.path}: it has no object set {name!r}, only {', '.join(self.object_sets())}")
-        parts = self._ledger.parts(name)
-        self._check(*(f"{part}/" for part in parts))
-        return parts
-
-    def _take(self, record: dict) -> None:
-        if record["store"] != self._digest:
-            raise damage(self.path, f"ledger/{record_name('shard', record['key'])} is of another store")
-        if record["key"] < len(self._shards):  # else another process has grown the store meanwhile
-            self._index.add(record)
+        return self._ledger.parts(name)
 
     def _refresh(self, shard: int) -> None:
         """Take in what other processes have recorded since: this shard's record, or a compaction."""
-        folder = self.path / "ledger"
-        if record := read_record(folder / record_name("shard", shard), refusal(self.path)):
-            self._take(record)
-        elif (signature := _signature(folder / COMPACT)) != self._compact_file:
-            self._compact_file = signature
-            for record in read_compact(self.path, refusal(self.path)):
-                self._take(record)
+        name = self.path / "ledger" / record_name("shard", shard)
+        if record := read_record(name, refusal(self.path)):
+            Compaction({shard: record}).fill(self._index, self._digest, refusal(self.path))
+        elif signature_of_compaction(self.path) != self._compaction:
+            compaction = read_compaction(self.path, refusal(self.path))
+            self._compaction = compaction.signature
+            compaction.fill(self._index, self._digest, refusal(self.path))
 
 
 def expect_store(path: Path) -> None:
@@ -268,11 +258,3 @@ def expect_store(path: Path) -> None:
         raise StoreError(
             f"{path}: the store has format {metadata['format']}, this samcache reads up to {FORMAT}; upgrade samcache"
         )
-
-
-def _signature(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns

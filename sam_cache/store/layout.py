@@ -46,6 +46,13 @@ def index_size(shard_rows: int) -> int:
     return 16 * shard_rows + CHECKSUM_BYTES
 
 
+def raw_file_size(level: LevelSpec, rows: int, shard_rows: int) -> int | None:
+    """Bytes of a shard file with `rows` rows; None where compression decides."""
+    if level.codec != "raw":
+        return None
+    return rows * Extent(0, level.nbytes + CHECKSUM_BYTES, 0).end + index_size(shard_rows)
+
+
 def encode_index(extents: list[Extent | None]) -> bytes:
     entries = [(e.offset, e.length) if e else (ABSENT_ENTRY, ABSENT_ENTRY) for e in extents]
     data = np.array(entries, "<u8").tobytes()
@@ -69,6 +76,7 @@ def level_metadata(level: LevelSpec, rows: int, shard_rows: int) -> bytes:
     """`zarr.json` of an array of shape (rows, C, H, W): a pure function, so it can be checked."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     plain = little if level.stored.itemsize > 1 else {"name": "bytes"}
+    kept = {} if level.keep_bits is None else {"keep_bits": level.keep_bits}
     sharding = {
         "chunk_shape": [1, *level.shape],
         "codecs": [plain, *codec_metadata(level), {"name": "crc32c"}],
@@ -81,7 +89,7 @@ def level_metadata(level: LevelSpec, rows: int, shard_rows: int) -> bytes:
         chunk_shape=[shard_rows, *level.shape],
         fill_value=level.stored.fill_value,
         codecs=[{"name": "sharding_indexed", "configuration": sharding}],
-        attributes={"samcache": {"dtype": level.dtype}},
+        attributes={"samcache": {"dtype": level.dtype} | kept},
         dimension_names=["row", "channel", "y", "x"],
     )
 

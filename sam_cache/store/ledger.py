@@ -3,7 +3,7 @@
     prepare-000000.json   segment of images, digests of every file that `prepare` wrote
     shard-000000.json     states, content hashes, extents and digests of one shard, every level
     objects-NAME.json     where object set NAME stands, once it was added or replaced
-    compact.json          shard records gathered into one file
+    compact.json          shard records gathered as columns; see `sam_cache.store.shard_records`
 
 Readers trust these records, never the presence of a file: Zarr reads a missing shard as fill
 values without a word. Paths in records are relative to the store, with forward slashes.
@@ -11,27 +11,27 @@ values without a word. Paths in records are relative to the store, with forward 
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sam_cache import durable
+import msgspec
+
 from sam_cache.errors import DamageError
 from sam_cache.store.spec import Shard
 
 NAMES = re.compile(r"(prepare|shard|objects)-([\w-]+)\.json")
-COMPACT = "compact.json"
 
 Report = Callable[[str], None]
 
 
 @dataclass
 class Ledger:
-    """All records: `prepares` by segment, `shards` by index, `objects` by set name."""
+    """All records but those of shards: `prepares` by segment, `objects` by set name."""
 
     prepares: dict[int, dict] = field(default_factory=dict)
-    shards: dict[int, dict] = field(default_factory=dict)
     objects: dict[str, dict] = field(default_factory=dict)
 
     @property
@@ -69,15 +69,23 @@ class Ledger:
 def seal(record: dict) -> bytes:
     """Canonical JSON, with the sha256 of that JSON added as its last entry, `digest`."""
     text = _canonical(record)
-    return text[:-1] + f',"digest":"{hashlib.sha256(text).hexdigest()}"}}'.encode()
+    return text[:-1] + _seal_of(text)
+
+
+def _seal_of(text: bytes) -> bytes:
+    return b',"digest":"%b"}' % hashlib.sha256(text).hexdigest().encode()
+
+
+_SEAL_BYTES = len(_seal_of(b""))
 
 
 def unseal(data: bytes) -> dict:
     """The record, its digest included; ValueError unless `data` is byte for byte what was sealed."""
-    record = json.loads(data)
-    if seal({name: value for name, value in record.items() if name != "digest"}) != data:
+    text, digest = data[:-_SEAL_BYTES] + b"}", data[-_SEAL_BYTES:]
+    # Compared as bytes: to write the record anew and compare that would take longer than to parse it.
+    if digest != _seal_of(text):
         raise ValueError("the record does not match its digest")
-    return record
+    return msgspec.json.decode(data)
 
 
 def damage(root: Path, text: str) -> DamageError:
@@ -94,33 +102,28 @@ def refusal(root: Path) -> Report:
 
 
 def read_ledger(root: Path, report: Report | None = None) -> Ledger:
-    """Read every record of the store at `root`.
+    """Read every record of the store at `root` but those of shards.
 
     A record that is damaged goes to `report` and is left out; without `report` it is a
     DamageError.
     """
     report = report or refusal(root)
-    ledger = Ledger()
-    kinds = {"prepare": ledger.prepares, "shard": ledger.shards, "objects": ledger.objects}
-    # Single records first, the compact file last: `compact` writes it before it removes them.
-    for path in sorted((root / "ledger").glob("*.json")):
-        if match := NAMES.fullmatch(path.name):
-            record = read_record(path, report)
-            if record and path.name == record_name(match[1], record["key"]):
-                kinds[match[1]][record["key"]] = record
-            elif record:
-                report(f"ledger/{path.name} is the record of {record['key']!r}")
-    for record in read_compact(root, report):
-        ledger.shards.setdefault(record["key"], record)
+    ledger = Ledger(dict(read_records(root, "prepare", report)), dict(read_records(root, "objects", report)))
     for segment in range(max(ledger.prepares, default=0)):
         if segment not in ledger.prepares:
             report(f"ledger/{record_name('prepare', segment)} is missing")
     return ledger
 
 
-def read_compact(root: Path, report: Report) -> list[dict]:
-    compact = read_record(root / "ledger" / COMPACT, report)
-    return compact["shards"] if compact else []
+def read_records(root: Path, kind: str, report: Report) -> Iterator[tuple[int | str, dict]]:
+    """Key and record of every record of a kind."""
+    for name in sorted(os.listdir(root / "ledger")):
+        match = NAMES.fullmatch(name)
+        if match and match[1] == kind and (record := read_record(root / "ledger" / name, report)):
+            if name == record_name(kind, record["key"]):
+                yield record["key"], record
+            else:
+                report(f"ledger/{name} is the record of {record['key']!r}")
 
 
 def read_record(path: Path, report: Report) -> dict | None:
@@ -129,14 +132,9 @@ def read_record(path: Path, report: Report) -> dict | None:
         return unseal(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError):
+    except ValueError:
         report(f"ledger/{path.name} is not the record that was committed")
         return None
-
-
-def write_compact(root: Path, shards: dict[int, dict]) -> None:
-    records = [record for _, record in sorted(shards.items())]
-    durable.replace(root / "ledger" / COMPACT, seal({"shards": records}))
 
 
 def record_name(kind: str, key: int | str) -> str:

@@ -1,10 +1,9 @@
 """One level of one shard: a file that grows row by row and is then placed for good."""
 
-import hashlib
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -15,50 +14,58 @@ from sam_cache.store.layout import CHECKSUM_BYTES, Extent, decode_index, encode_
 
 @dataclass(frozen=True)
 class ShardFile:
-    """What the ledger says about a placed file. `extents` has one entry per row of the shard."""
+    """What the ledger says about a placed file. `extents` has one entry per row of the shard.
+
+    That is every byte of it: rows by their crc32c, zeros between them, and the index, which the extents are.
+    """
 
     size: int
-    sha256: str
     extents: list[Extent | None]
 
     def to_json(self) -> dict:
-        return {"size": self.size, "sha256": self.sha256, "extents": self.extents}
-
-    @classmethod
-    def from_json(cls, record: dict) -> "ShardFile":
-        return cls(record["size"], record["sha256"], [Extent(*e) if e else None for e in record["extents"]])
+        return {"size": self.size, "extents": self.extents}
 
 
 class PartialFile:
     """A shard file in the making. Memory is one row.
 
-    Rows are appended in any order; the same rows in the same order give the same bytes. The
-    digest follows along, over kept rows too.
+    Rows are appended in any order; the same rows in the same order give the same bytes.
     """
 
     def __init__(self, path: Path, shard_rows: int):
         self.path = path
         self.extents: list[Extent | None] = [None] * shard_rows
         self.offset = 0
-        self._digest = hashlib.sha256()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def find(self, extent: Extent) -> bytes | None:
-        """The bytes of a row of an interrupted run, up to the next row; None if not whole."""
+    def find(self, extent: Extent) -> bool:
+        """Whether the next row of an interrupted run is whole there, up to where another may start."""
         data = os.pread(self._descriptor, extent.end - self.offset, self.offset)
         whole = extent.offset == self.offset and len(data) == extent.end - self.offset
-        return data if whole and row_checksum(data[: extent.length]) == extent.checksum else None
+        return whole and row_checksum(data[: extent.length]) == extent.checksum
 
-    def keep(self, position: int, extent: Extent, data: bytes) -> None:
-        """Count what `find` returned as written."""
-        self._advance(position, extent, data)
+    def keep(self, position: int, extent: Extent) -> None:
+        """Count what `find` has found as written."""
+        self._advance(position, extent)
 
-    def drop_rest(self) -> None:
-        """Cut off what follows the kept rows."""
-        os.ftruncate(self._descriptor, self.offset)
+    def drop_rest(self, room: int | None = None) -> None:
+        """Cut off what follows the kept rows, and take what a file of `room` bytes needs of the disk at once.
+
+        Writing into room that is there is cheaper than having it sought row by row, by about a third of the
+        processor time on ext4. A new file is not cut: ext4 would take it for one that is replaced, and start to
+        write its bytes out when it is closed.
+        """
+        if os.fstat(self._descriptor).st_size > self.offset:
+            os.ftruncate(self._descriptor, self.offset)
+        if room is not None and room > self.offset and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._descriptor, self.offset, room - self.offset)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot
+                    raise
 
     def append(self, position: int, encoded: np.ndarray) -> Extent:
         """Write one row, its crc32c and the gap to the next page."""
@@ -69,7 +76,7 @@ class PartialFile:
         offset = self.offset
         for piece in pieces:
             offset += _write(self._descriptor, piece, offset)
-        self._advance(position, extent, *pieces)
+        self._advance(position, extent)
         return extent
 
     def place(self, target: Path) -> ShardFile:
@@ -88,45 +95,49 @@ class PartialFile:
         except FileExistsError:
             return examine(target, len(self.extents))
         durable.fsync(target.parent)
-        digest = self._digest.copy()
-        digest.update(index)
-        return ShardFile(size, digest.hexdigest(), self.extents)
+        return ShardFile(size, self.extents)
 
-    def _advance(self, position: int, extent: Extent, *pieces: bytes | np.ndarray) -> None:
-        for piece in pieces:
-            self._digest.update(piece)
+    def _advance(self, position: int, extent: Extent) -> None:
         self.extents[position] = extent
         self.offset = extent.end
 
 
 def examine(path: Path, shard_rows: int) -> ShardFile:
     """Read a placed file whole; ValueError, with the reason, when any of it is damaged."""
+    extents: list[Extent | None] = [None] * shard_rows
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size < index_size(shard_rows):
             raise ValueError(f"it has {size} bytes, less than its index")
         file.seek(size - index_size(shard_rows))
-        entries = decode_index(file.read())
-        file.seek(0)
-        extents: list[Extent | None] = [None] * shard_rows
-        digest = hashlib.sha256()
-        for position in sorted((p for p, entry in enumerate(entries) if entry), key=lambda p: entries[p]):
-            offset, length = entries[position]
-            data = read_row(file, offset, length, digest)
-            checksum = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
-            if row_checksum(data) != checksum:
-                raise ValueError(f"row {position} of the shard does not match its checksum")
-            extents[position] = Extent(offset, length, checksum)
-        digest.update(file.read())
-    return ShardFile(size, digest.hexdigest(), extents)
+        for position, entry in enumerate(decode_index(file.read())):
+            if entry:
+                offset, length = entry
+                if not CHECKSUM_BYTES <= length <= offset + length <= size:
+                    raise ValueError(f"row {position} of the shard lies outside it")
+                file.seek(offset + length - CHECKSUM_BYTES)
+                extents[position] = Extent(offset, length, int.from_bytes(file.read(CHECKSUM_BYTES), "little"))
+    damaged, rest_whole = compare(path, extents)
+    if damaged:
+        raise ValueError(f"row {damaged[0]} of the shard does not match its checksum")
+    if not rest_whole:
+        raise ValueError("its rows are whole, but its index or what lies between them is not")
+    return ShardFile(size, extents)
 
 
-def read_row(file: BinaryIO, offset: int, length: int, digest) -> bytes:
-    """Read on, through the gap, to the end of a row; every byte goes into `digest`."""
-    digest.update(file.read(max(0, offset - file.tell())))
-    data = file.read(length)
-    digest.update(data)
-    return data
+def compare(path: Path, extents: list[Extent | None]) -> tuple[list[int], bool]:
+    """Read a placed file whole: the rows that do not match their checksum, and whether all else is zeros and index."""
+    damaged, rest_whole = [], True
+    written = sorted((extent, position) for position, extent in enumerate(extents) if extent)
+    with open(path, "rb") as file:
+        for extent, position in written:
+            rest_whole &= not file.read(max(0, extent.offset - file.tell())).strip(b"\0")
+            if row_checksum(file.read(extent.length)) != extent.checksum:
+                damaged.append(position)
+        rest, index = file.read(), encode_index(extents)
+        # Other libraries leave no gap before the index; how large it is, the size of the file says.
+        rest_whole &= rest.endswith(index) and not rest.removesuffix(index).strip(b"\0")
+    return damaged, rest_whole
 
 
 def row_checksum(data: bytes) -> int | None:

@@ -8,7 +8,8 @@ import torch
 
 from sam_cache.quantisation import COMPANIONS
 
-FORMAT = 2  # the newest that is read; 1 has neither int8 levels nor other views than the image itself
+# The newest that is read; 1 has neither int8 levels nor other views than the image itself, 2 no rounded mantissas.
+FORMAT = 3
 CODECS = ("raw", "zstd", "blosc")
 IDENTITY = "identity"
 
@@ -19,7 +20,8 @@ class StoredType(NamedTuple):
     bf16 is stored as the uint16 of its bits, since no two Zarr libraries agree on that type.
     The fill value is NaN (for bf16 its bit pattern), so a hole never reads as plausible zeros; for int8
     it is the one number that no row holds, and the NaN of its companions makes the product NaN.
-    `infinity` are the bits of +inf: those of every finite value, without the sign, are less.
+    `infinity` are the bits of +inf: those of every finite value, without the sign, are less. `mantissa` is the
+    number of bits behind the point.
     """
 
     zarr_name: str
@@ -27,13 +29,14 @@ class StoredType(NamedTuple):
     torch_dtype: torch.dtype
     itemsize: int
     infinity: int | None
+    mantissa: int
 
 
 STORED_TYPES = {
-    "fp16": StoredType("float16", "NaN", torch.float16, 2, 0x7C00),
-    "fp32": StoredType("float32", "NaN", torch.float32, 4, 0x7F800000),
-    "bf16": StoredType("uint16", 0x7FC0, torch.bfloat16, 2, 0x7F80),
-    "int8": StoredType("int8", -128, torch.int8, 1, None),
+    "fp16": StoredType("float16", "NaN", torch.float16, 2, 0x7C00, 10),
+    "fp32": StoredType("float32", "NaN", torch.float32, 4, 0x7F800000, 23),
+    "bf16": StoredType("uint16", 0x7FC0, torch.bfloat16, 2, 0x7F80, 7),
+    "int8": StoredType("int8", -128, torch.int8, 1, None, 0),
 }
 
 
@@ -43,7 +46,8 @@ class LevelSpec:
 
     `dtype` is a key of `STORED_TYPES`, `codec` one of `CODECS`. A crc32c follows every row
     whatever the codec. An int8 level is three arrays, see `sam_cache.quantisation`; its companions
-    are fp32 and raw, whatever the level's codec.
+    are fp32 and raw, whatever the level's codec. Of floating values only `keep_bits` bits of the mantissa are kept
+    where that is given, so that a codec makes them smaller.
     """
 
     channels: int
@@ -51,12 +55,16 @@ class LevelSpec:
     width: int
     dtype: str
     codec: str = "raw"
+    keep_bits: int | None = None
 
     def __post_init__(self):
         if self.dtype not in STORED_TYPES:
             raise ValueError(f"dtype {self.dtype!r}: choose one of {', '.join(STORED_TYPES)}")
         if self.codec not in CODECS:
             raise ValueError(f"codec {self.codec!r}: choose one of {', '.join(CODECS)}")
+        if self.keep_bits is not None and not 1 <= self.keep_bits <= self.stored.mantissa:
+            have = f"1 to {self.stored.mantissa} can be kept" if self.stored.mantissa else "it has no mantissa"
+            raise ValueError(f"keep_bits {self.keep_bits} of {self.dtype}: {have}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -112,13 +120,23 @@ class StoreSpec:
     @property
     def format(self) -> int:
         """The oldest format that can say this, so that older versions read what they can."""
+        if any(level.keep_bits is not None for level in self.levels.values()):
+            return 3
         return 2 if self.views != IDENTITY or any(level.dtype == "int8" for level in self.levels.values()) else 1
 
     def to_json(self) -> dict:
-        record = asdict(self) | {"format": self.format}
+        record = self._fields() | {"format": self.format}
         if self.views == IDENTITY:
             del record["views"]  # format 1 does not say
         return record
+
+    def _fields(self) -> dict:
+        """All of it, less what formats 1 and 2 do not say of a level."""
+        fields = asdict(self)
+        for level in fields["levels"].values():
+            if level["keep_bits"] is None:
+                del level["keep_bits"]
+        return fields
 
     @classmethod
     def from_json(cls, record: dict) -> "StoreSpec":
@@ -127,7 +145,7 @@ class StoreSpec:
 
     def differences(self, other: "StoreSpec") -> list[str]:
         """One text per field that differs: its dotted name, this spec's value, the other's."""
-        ours, theirs = _flat(asdict(self)), _flat(asdict(other))
+        ours, theirs = _flat(self._fields()), _flat(other._fields())
         return [
             f"{name}: {ours.get(name, 'absent')!r} != {theirs.get(name, 'absent')!r}"
             for name in ours | theirs

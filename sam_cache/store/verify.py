@@ -1,19 +1,21 @@
 """Check a store: ledger against bytes against checksums. Needs nothing but its path."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from sam_cache import durable
 from sam_cache.store.embedding_store import EmbeddingStore, expect_store
 from sam_cache.store.layout import level_metadata, shard_path
-from sam_cache.store.ledger import Ledger, changed, read_ledger, read_record, record_name, write_compact
+from sam_cache.store.ledger import Ledger, changed, read_ledger, read_record, record_name
 from sam_cache.store.prepare import leftovers
-from sam_cache.store.row_index import FAILED, OK
-from sam_cache.store.shard_file import ShardFile, examine, read_row, row_checksum
+from sam_cache.store.row_index import FAILED, OK, RowIndex
+from sam_cache.store.shard_file import ShardFile, compare, examine
+from sam_cache.store.shard_records import fill_index, old_columns, outline, write_compaction
 from sam_cache.store.spec import StoreSpec
 
 Progress = Callable[[int, int], None]
@@ -72,20 +74,28 @@ def verify(
     ledger = read_ledger(root, report.damage.append)
     spec = _read_spec(root)
     _check_files(root, ledger, spec, report)
-    bad = _check_shards(root, ledger, report, progress or (lambda done, total: None))
+    store = ledger.prepares[0]["digest"] if 0 in ledger.prepares else None
+    index = outline(root, store)
+    compaction, bad = fill_index(root, index, store, report.damage.append)
+    bad |= _check_shards(root, index, report, progress or (lambda done, total: None))
     if spec:
-        bad |= _check_orphans(root, placed, ledger, spec, report)
+        bad |= _check_orphans(root, placed, index, spec, report)
         shards = [shard.index for shard in ledger.list_shards(spec.shard_rows)]
-        report.uncommitted = [index for index in shards if index not in ledger.shards]
+        report.uncommitted = [shard for shard in shards if not _holds(index, shard)]
     drafts = [*(root / "ledger").glob("partial/*"), *(root / "ledger").glob(".*.tmp")]
     report.leftovers = leftovers(root, ledger) + sorted(_name(root, path) for path in drafts)
+    report.leftovers += old_columns(root, compaction.file)
     bad = bad if repair else set()
     if retry_failed:
-        bad |= {index for index, record in ledger.shards.items() if FAILED in record["states"]}
-    if bad or (repair and report.damage):
-        _repair(root, bad)
+        bad |= {*(np.flatnonzero(index.states == FAILED) // max(1, index.shard_rows)).tolist()}
+    if store and (bad or (repair and report.damage)):
+        _repair(root, store, bad)
         report.repaired = sorted(bad)
     return report
+
+
+def _holds(index: RowIndex, shard: int) -> bool:
+    return shard < len(index.committed) and bool(index.committed[shard])
 
 
 def _read_spec(root: Path) -> StoreSpec | None:
@@ -121,33 +131,26 @@ def _interrupted_growth(root: Path, ledger: Ledger, spec: StoreSpec, name: str) 
         return False
 
 
-def _check_shards(root: Path, ledger: Ledger, report: VerifyReport, progress: Progress) -> set[int]:
+def _check_shards(root: Path, index: RowIndex, report: VerifyReport, progress: Progress) -> set[int]:
     """Compare shard files with their records; returns the shards that are damaged."""
     bad = set()
-    for index, record in sorted(ledger.shards.items()):
-        if 0 in ledger.prepares and record["store"] != ledger.prepares[0]["digest"]:
-            bad.add(index)
-            report.damage.append(f"ledger/{record_name('shard', index)} is of another store")
-        report.rows_ok += record["states"].count(OK)
-        report.rows_failed += record["states"].count(FAILED)
-    files = [
-        (index, level, ShardFile.from_json(entry))
-        for index, record in sorted(ledger.shards.items())
-        for level, entry in record["levels"].items()
-    ]
+    committed = np.flatnonzero(index.committed).tolist()
+    report.rows_ok += int((index.states == OK).sum())
+    report.rows_failed += int((index.states == FAILED).sum())
+    files = [(shard, array, index.file(array, shard)) for shard in committed for array in index.sizes]
     total, done = sum(file.size for *_, file in files), 0
-    pool = ThreadPoolExecutor(THREADS)  # hashing does not hold the interpreter lock
+    pool = ThreadPoolExecutor(THREADS)  # neither reading nor checksums hold the interpreter lock
     try:
         checks = pool.map(lambda task: _check_shard(root, *task), files)
-        for (index, level, file), (rows, damage) in zip(files, checks, strict=True):
+        for (shard, array, file), (rows, damage) in zip(files, checks, strict=True):
             report.damage += damage
-            report.damaged_rows += [(level, row, shard_path(level, index)) for row in rows]
-            bad |= {index} if damage else set()
+            report.damaged_rows += [(array, row, shard_path(array, shard)) for row in rows]
+            bad |= {shard} if damage else set()
             done += file.size
             progress(done, total)
     finally:
         pool.shutdown(cancel_futures=True)
-    report.shards, report.files, report.bytes = len(ledger.shards), report.files + len(files), report.bytes + total
+    report.shards, report.files, report.bytes = len(committed), report.files + len(files), report.bytes + total
     return bad
 
 
@@ -156,53 +159,50 @@ def _check_shard(root: Path, index: int, level: str, file: ShardFile) -> tuple[l
     name = shard_path(level, index)
     if not (root / name).is_file():
         return [], [f"{name} is missing"]
-    digest, rows = hashlib.sha256(), []
-    with open(root / name, "rb") as stream:
-        written = [(extent, position) for position, extent in enumerate(file.extents) if extent]
-        for extent, position in sorted(written):
-            data = read_row(stream, extent.offset, extent.length, digest)
-            if row_checksum(data) != extent.checksum:
-                rows.append(index * len(file.extents) + position)
-        digest.update(stream.read())
+    positions, rest_whole = compare(root / name, file.extents)
+    rows = [index * len(file.extents) + position for position in positions]
     if rows:
         return rows, [f"row {row} of level {level} in {name} does not match its checksum" for row in rows]
-    if digest.hexdigest() != file.sha256:
+    if not rest_whole or (root / name).stat().st_size != file.size:
         return [], [f"{name}: its rows are whole, but its index or what lies between them is not"]
     return [], []
 
 
-def _check_orphans(root: Path, placed: list[Path], ledger: Ledger, spec: StoreSpec, report: VerifyReport) -> set[int]:
+def _check_orphans(root: Path, placed: list[Path], index: RowIndex, spec: StoreSpec, report: VerifyReport) -> set[int]:
     """Look at shard files without a record; returns the shards of damaged ones."""
     bad = set()
     for path in placed:
         name = _name(root, path)
-        index = int(name.split("/")[2])
-        if index in ledger.shards:
+        shard = int(name.split("/")[2])
+        if _holds(index, shard):
             continue
         report.orphans.append(name)
         try:
             examine(path, spec.shard_rows)
         except ValueError as reason:
-            bad.add(index)
+            bad.add(shard)
             report.damage.append(f"{name} was never committed and is damaged: {reason}")
     return bad
 
 
-def _repair(root: Path, bad: set[int]) -> None:
+def _repair(root: Path, store: str, bad: set[int]) -> None:
     """Forget and remove damaged shards and records.
 
     Records first: a kill in between leaves files without a record, which the next repair removes.
     """
     with durable.locked(root / "ledger" / "lock"):
-        found = read_ledger(root, lambda what: None).shards
-        write_compact(root, {index: record for index, record in found.items() if index not in bad})
+        index = outline(root, store)
+        fill_index(root, index, store, lambda what: None)
+        found = {*np.flatnonzero(index.committed).tolist()}
+        index.committed[[shard for shard in bad if shard in found]] = False
+        write_compaction(root, index, store)
         for path in (root / "ledger").glob("shard-*.json"):
             record = read_record(path, lambda what: None)
-            if record is None or record["key"] in found or path.name != record_name("shard", record["key"]):
+            if record is None or record["key"] in found | bad or path.name != record_name("shard", record["key"]):
                 path.unlink()
         durable.fsync(root / "ledger")
-        for index in bad:
-            for path in root.glob(shard_path("*", str(index))):
+        for shard in bad:
+            for path in root.glob(shard_path("*", str(shard))):
                 path.unlink()
                 durable.fsync(path.parent)
 

@@ -19,7 +19,7 @@ import torch
 from sam_cache import durable
 from sam_cache.errors import StoreError
 from sam_cache.store.codecs import encode, to_stored
-from sam_cache.store.layout import Extent, shard_path
+from sam_cache.store.layout import Extent, raw_file_size, shard_path
 from sam_cache.store.ledger import damage, record_name, seal
 from sam_cache.store.row_index import FAILED, HOLE, OK
 from sam_cache.store.shard_file import PartialFile, ShardFile, examine
@@ -71,7 +71,11 @@ class ShardWriter:
         self._contents: dict[int, str] = {}
         self._failures: dict[int, str] = {}
         self._files = self._open_files()
-        self._resume()
+        try:
+            self._resume()
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, row: int, values: dict[str, np.ndarray | torch.Tensor], content: str) -> bool:
         """Store one row: every level's (C, H, W) values, of any floating type, on any device.
@@ -164,24 +168,24 @@ class ShardWriter:
                 whole += len(line)
         os.ftruncate(self._journal, whole)
         os.lseek(self._journal, whole, os.SEEK_SET)
-        for file in self._files.values():
+        for name, file in self._files.items():
             if isinstance(file, PartialFile):
-                file.drop_rest()
+                file.drop_rest(raw_file_size(self._spec.arrays[name], len(self._shard.rows), self._spec.shard_rows))
 
     def _keep(self, entry: dict) -> bool:
         position = self._position(entry["row"])
         extents = {name: Extent(*extent) for name, extent in entry["levels"].items()}
-        found = {}
+        partial = {}
         for name, file in self._files.items():
             if isinstance(file, ShardFile):
                 if file.extents[position] is None:
                     return False
-            elif name not in extents or (data := file.find(extents[name])) is None:
+            elif name not in extents or not file.find(extents[name]):
                 return False
             else:
-                found[name] = data
-        for name, data in found.items():
-            self._files[name].keep(position, extents[name], data)
+                partial[name] = file
+        for name, file in partial.items():
+            file.keep(position, extents[name])
         self.kept.add(entry["row"])
         self._contents[entry["row"]] = entry["content"]
         return True

@@ -41,10 +41,55 @@ def test_the_plain_path_equals_preadv(store, truth, monkeypatch):
 
 
 def test_short_reads_are_completed(store, truth, monkeypatch):
-    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset: 3)
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset, flags=0: 3)
     out = store.reader().empty(2)
     store.reader().read([3, 4], out)
     assert torch.equal(out["neck"], truth["neck"][[3, 4]])
+
+
+def test_without_checksums_the_same_is_read(store, truth):
+    reader, rows = store.reader(("neck", "early"), verify=False), [9, 0, 21, 9]
+    out = reader.empty(4)
+    reader.read(rows, out)
+    for name, tensor in truth.items():
+        assert torch.equal(out[name], tensor[rows])
+
+
+def test_what_is_not_in_memory_is_announced_once_and_ahead(store, truth, monkeypatch):
+    """Every row as if it were on the disk: the four after it are asked for before it is waited for."""
+    preadv, advise, calls = os.preadv, os.posix_fadvise, []
+    rows, stride = [9, 0, 21, 9, 3, 8, 14, 2], 4096
+
+    def read(descriptor, buffers, offset, flags=0):
+        if flags == os.RWF_NOWAIT:
+            raise BlockingIOError
+        calls.append("wait")
+        return preadv(descriptor, buffers, offset)
+
+    def watched(descriptor, offset, length, advice):
+        calls.append((offset, advice))
+        advise(descriptor, offset, length, advice)
+
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(os, "posix_fadvise", watched)
+    out = store.reader().empty(8)
+    store.reader().read(rows, out)
+    assert torch.equal(out["neck"], truth["neck"][rows])
+    asked = [(row % 4 * stride, os.POSIX_FADV_WILLNEED) for row in rows]
+    assert calls == [*asked[1:5], "wait", asked[5], "wait", asked[6], "wait", asked[7], "wait", *["wait"] * 4]
+
+
+def test_what_is_in_memory_is_not_announced(store, monkeypatch):
+    reader = store.reader()
+    out = reader.empty(4)
+    reader.read([9, 0, 21, 9], out)
+    with open(store.path / shard_path("neck", 0), "rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(9)], 0, os.RWF_NOWAIT)
+        except OSError:
+            pytest.skip("this file system cannot say what is in memory")
+    monkeypatch.setattr(os, "posix_fadvise", None)
+    reader.read([9, 0, 21, 9], out)
 
 
 def test_few_files_stay_open(store, truth, monkeypatch):
@@ -109,10 +154,10 @@ def test_no_flipped_bit_is_ever_returned(tmp_path, kit, codec):
     bits = np.random.default_rng(0).integers(0, 8, len(data))
     damaged = 0
     with open(path, "r+b", buffering=0) as file:
-        rows = [position for offset, length, _ in extents for position in range(offset, offset + length)]
+        rows = [position for offset, length, _ in extents.tolist() for position in range(offset, offset + length)]
         for position in {*rows, *range(0, len(data), 16)}:
             os.pwrite(file.fileno(), bytes([data[position] ^ (1 << bits[position])]), position)
-            for row, (offset, length, _) in enumerate(extents):
+            for row, (offset, length, _) in enumerate(extents.tolist()):
                 inside = offset <= position < offset + length
                 if inside:
                     damaged += 1
@@ -122,7 +167,7 @@ def test_no_flipped_bit_is_ever_returned(tmp_path, kit, codec):
                     reader.read([row], out)
                     assert torch.equal(out["neck"][0], right["neck"][row])
             os.pwrite(file.fileno(), data[position : position + 1], position)
-    assert damaged == extents[:, 1].sum()
+    assert damaged == extents["length"].sum()
 
 
 def test_truncated_missing_and_swapped_files_are_damage(tmp_path, kit):
@@ -133,6 +178,9 @@ def test_truncated_missing_and_swapped_files_are_damage(tmp_path, kit):
     paths[2].write_bytes((tmp_path / "s/neck/c/2/0/0/0").read_bytes()[4096:] + bytes(4096))  # whole rows, but others
     out = store.reader().empty(1)
     store.reader().read([1], out)
+    for row, what in [(2, "cut off: its file is too short"), (4, "gone: its file is missing")]:
+        with pytest.raises(DamageError, match=f"row {row} of level neck .* is {what}"):
+            store.reader(verify=False).read([row], out)
     for row, what in [(2, "cut off: its file is too short"), (4, "gone: its file is missing"), (8, "damaged")]:
         with pytest.raises(DamageError, match=f"row {row} of level neck .* is {what}.*verify --store .* --repair"):
             store.reader().read([row], out)
@@ -233,13 +281,13 @@ def test_threads_share_a_reader(store, truth):
 
 def test_a_slow_reader_does_not_mix_batches(store, truth, monkeypatch):
     """Buffers are not handed out again before their reading has ended."""
-    fill = module._OpenFile.fill
+    fill = module._OpenFile.fill_from_memory
 
-    def slow(self, buffers, offset):
+    def slow(self, buffers, offset, size):
         time.sleep(0.002 * (offset % 3 == 0))
-        return fill(self, buffers, offset)
+        return fill(self, buffers, offset, size)
 
-    monkeypatch.setattr(module._OpenFile, "fill", slow)
+    monkeypatch.setattr(module._OpenFile, "fill_from_memory", slow)
     rows = [row for row in range(22) if row != 6]
     for row, batch in zip(rows, Ring(store.reader(), [[row] for row in rows], depth=2, threads=2), strict=True):
         assert torch.equal(batch["neck"][0], truth["neck"][row])

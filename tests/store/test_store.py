@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,9 @@ from sam_cache.errors import DamageError, StoreError
 from sam_cache.store import OK, EmbeddingStore, LevelSpec, Ragged, ShardBusy, StoreSpec, verify
 from sam_cache.store import embedding_store as module
 from sam_cache.store import prepare as prepare_module
-from sam_cache.store.columns import concatenate, read_table, write_table
+from sam_cache.store.columns import read_column, write_table
+from sam_cache.store.ledger import digests
+from sam_cache.store.stored_table import StoredTable
 from sam_cache.types import ImageRecord
 
 
@@ -265,16 +268,36 @@ def test_tables_come_back_as_they_went(tmp_path_factory, items, dtype, cut, chun
     table = {"text": Ragged.from_list(items), "numbers": numbers, "flat": numbers[:, 0, 0]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sam_cache.store.columns.CHUNK_BYTES", chunk)
-        write_table(folder, table)
-    back = read_table(folder)
+        halves = [{name: _slice(column, at) for name, column in table.items()} for at in (slice(cut), slice(cut, None))]
+        for part, each in {"whole": table, "none": {}, "first": halves[0], "second": halves[1]}.items():
+            write_table(folder / part, each)
+    for name in ("numbers", "flat", "text/data", "text/offsets"):
+        stored = zarr.open_array(folder / "whole" / name, mode="r")
+        assert np.array_equal(read_column(folder / "whole" / name), stored[:])
+    files = digests(folder)
+    back = StoredTable(folder, ["whole"], files)
     assert same_table(back, table)
     assert list(back["text"]) == items
-    halves = [{name: _slice(column, part) for name, column in table.items()} for part in (slice(cut), slice(cut, None))]
-    assert same_table(concatenate([{}, *halves]), table)
+    assert same_table(StoredTable(folder, ["none", "first", "second"], files), table)
+    assert dict(StoredTable(folder, ["none"], files)) == {}
 
 
 def _slice(column, part):
     return Ragged.from_list(list(column)[part]) if isinstance(column, Ragged) else column[part]
+
+
+def test_a_column_is_read_and_checked_when_it_is_asked_for(tmp_path, kit):
+    store = kit.fill(kit.open(tmp_path / "s", kit.spec(), 5))
+    objects = store.objects()
+    (file,) = (store.path / "objects/main/0/row/c").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert set(objects) == set(kit.prepare(kit.records(5)))
+    assert "rows" not in objects
+    assert objects["rle"] is objects["rle"]
+    with pytest.raises(DamageError, match="objects/main/0/row/c/0 is not what was committed"):
+        objects["row"]
+    with pytest.raises(KeyError):
+        objects["rows"]
 
 
 def test_ragged_indexes_like_a_list():
@@ -352,3 +375,16 @@ def test_damaged_records_stop_an_open(tmp_path, kit):
     record.write_bytes(record.read_bytes().replace(b'"states":[1', b'"states":[2'))
     with pytest.raises(DamageError, match=r"ledger/shard-000001.json is not the record .*samcache verify"):
         EmbeddingStore.open(store.path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40), max_size=9),
+    st.sampled_from([1, 2, 2**16]),
+)
+def test_text_comes_back_as_it_went(texts, at_once):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sam_cache.store.columns.TEXTS_AT_ONCE", at_once)
+        column = Ragged.from_list([text.encode() for text in texts]).to_text()
+    assert column.tolist() == texts
+    assert column.dtype == np.dtypes.StringDType()

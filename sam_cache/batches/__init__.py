@@ -2,13 +2,16 @@
 
 from sam_cache.batches.annotations import Annotator, Sampling
 from sam_cache.batches.cached import CachedBatches, read_rows
+from sam_cache.batches.known_masks import KNOWN_BYTES
 from sam_cache.batches.live import Example, LiveBatches, LiveImages, collate, usable_objects
 from sam_cache.batches.object_columns import ViewCount, object_columns
 from sam_cache.batches.order import Cursor, Order, Visit
 from sam_cache.batches.pixels import PixelBatch, Preprocessing, pixel_batches
+from sam_cache.batches.places import Places
 from sam_cache.batches.split import is_held_out
 
 __all__ = [
+    "KNOWN_BYTES",
     "Annotator",
     "CachedBatches",
     "Cursor",
@@ -17,6 +20,7 @@ __all__ = [
     "LiveImages",
     "Order",
     "PixelBatch",
+    "Places",
     "Preprocessing",
     "Sampling",
     "ViewCount",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sam_cache.batches.ahead import run_ahead
-from sam_cache.batches.annotations import WHOLE_IMAGE, Annotation, Sampling, annotate_image
+from sam_cache.batches.annotations import WHOLE_IMAGE, Annotation, AskedImage, Sampling, annotate_image
 from sam_cache.batches.order import Cursor, Order, Visit
 from sam_cache.batches.pixels import Preprocessing
 from sam_cache.data import (
@@ -50,9 +50,8 @@ class Example:
     def asked(self, sampling: Sampling) -> "Example":
         """The same objects, asked for by another mixture out of the kinds that it was read for."""
         objects, resolution = self.annotation.objects, self.annotation.targets.masks.shape[-1]
-        annotation = annotate_image(
-            self.columns, objects, 1.0, self.image_id, self.geometry, resolution, sampling, Visit(self.row)
-        )
+        image = AskedImage(self.image_id, self.geometry, Visit(self.row).key, len(objects))
+        annotation = annotate_image(image, self.columns, objects, resolution, sampling)
         return replace(self, annotation=annotation)
 
 
@@ -91,9 +90,8 @@ class LiveImages:
         chosen = chosen[kept]
         geometry = Geometry(*image.shape[:2], self._how.input_size, self._how.fit)
         columns = self._measure([objects[place] for place in chosen], rles, geometry)
-        annotation = annotate_image(
-            columns, chosen, weight, record.id, geometry, self._resolution, self._sampling, visit
-        )
+        asked = AskedImage(record.id, geometry, visit.key, len(chosen), weight)
+        annotation = annotate_image(asked, columns, chosen, self._resolution, self._sampling)
         pixels = to_pixels(image, geometry, self._how.resize)
         categories = [objects[place].category for place in chosen]
         return Example(visit.row, record.id, geometry, pixels, annotation, columns, categories)

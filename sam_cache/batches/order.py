@@ -48,11 +48,10 @@ class Order:
         self._repeats = np.ones(len(rows)) if repeats is None else repeats
         self._image = self._look = self._looks = None
         if looks is not None and len(rows):
-            pairs, pair = np.unique(looks, axis=0, return_inverse=True)  # sorted by image
-            _, first, self._looks = np.unique(pairs[:, 0], return_index=True, return_counts=True)
-            place = pair.reshape(-1)
-            self._image = np.repeat(np.arange(len(first)), self._looks)[place]
-            self._look = place - first[self._image]
+            images, looked = _numbered(looks[:, 0]), _numbered(looks[:, 1])
+            pairs, pair = np.unique(images * (looked.max() + 1) + looked, return_inverse=True)  # sorted by image
+            _, first, self._looks = np.unique(pairs // (looked.max() + 1), return_index=True, return_counts=True)
+            self._image, self._look = images, pair - first[images]
 
     def __len__(self) -> int:
         """Visits in an epoch, on average."""
@@ -61,17 +60,20 @@ class Order:
 
     def epoch(self, epoch: int) -> list[Visit]:
         """The visits of one epoch in their order."""
+        return _visits(*self.turns(epoch), epoch)
+
+    def turns(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same as row and number of each visit; of millions of rows `Visit`s would take seconds to make."""
         random = np.random.default_rng((self.seed, epoch))
         turns = np.floor(self._repeats + (random.random(len(self.rows)) if (self._repeats % 1).any() else 0))
         if self._looks is not None:
             drawn = (random.random(len(self._looks)) * self._looks).astype(int)
             turns *= self._look == drawn[self._image]
-        visits = [
-            Visit(row, epoch, number)
-            for row, count in zip(self.rows.tolist(), turns.astype(int).tolist(), strict=True)
-            for number in range(count)
-        ]
-        return [visits[place] for place in random.permutation(len(visits)).tolist()]
+        counts = turns.astype(int)
+        rows, firsts = self.rows.repeat(counts), (counts.cumsum() - counts).repeat(counts)
+        numbers = np.arange(len(rows)) - firsts
+        shuffled = random.permutation(len(rows))
+        return rows[shuffled], numbers[shuffled]
 
     def batches(
         self, batch_size: int, start: Cursor = Cursor(), ranks: Ranks = Ranks()
@@ -83,9 +85,18 @@ class Order:
         """
         epoch, position = start.epoch, start.position
         while True:
-            order = self.epoch(epoch)
-            while position < len(order):
-                chosen = order[position : position + batch_size]
-                position += len(chosen)
-                yield Cursor(epoch, position), chosen[ranks.rank :: ranks.world]
+            rows, numbers = self.turns(epoch)
+            while position < len(rows):
+                share = slice(position + ranks.rank, position + batch_size, ranks.world)
+                position = min(position + batch_size, len(rows))
+                yield Cursor(epoch, position), _visits(rows[share], numbers[share], epoch)
             epoch, position = epoch + 1, 0
+
+
+def _numbered(values: np.ndarray) -> np.ndarray:
+    """Their places in the sorted list of those that differ."""
+    return np.unique(values, return_inverse=True)[1]
+
+
+def _visits(rows: np.ndarray, numbers: np.ndarray, epoch: int) -> list[Visit]:
+    return [Visit(row, epoch, number) for row, number in zip(rows.tolist(), numbers.tolist(), strict=True)]

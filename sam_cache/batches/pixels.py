@@ -46,7 +46,6 @@ class PixelBatch:
 @dataclass(frozen=True)
 class _Loaded:
     row: int
-    pixels: np.ndarray
     geometry: Geometry
     content_hash: str
     notes: tuple[str, ...]
@@ -88,47 +87,58 @@ def pixel_batches(
     batch_size: int,
     threads: int,
     view_of: Callable[[int], View] = lambda row: WHOLE,
+    pinned: bool = False,
 ) -> Iterator[PixelBatch]:
     """Batches for (image number, row) pairs, in their order; `view_of(row)` is what a row shows of its image.
 
     Within one call an image is decoded once for all of its rows that follow one another. A bad image is a
-    failure of all its rows, never an exception.
+    failure of all its rows, never an exception. With `pinned` what goes to a GPU lies where it can be copied
+    from while the GPU computes.
     """
 
-    def shared() -> Iterator[tuple[_Image, int]]:
+    def placed() -> Iterator[tuple[_Image, int, Tensor, int]]:
+        """Every row with the batch that its pixels go to, and its place there."""
+        place, pixels = batch_size, None
         for number, pairs in groupby(numbered_rows, key=itemgetter(0)):
             image = _Image(dataset, number, how.intensity)
             for _, row in pairs:
-                yield image, row
+                if place == batch_size:
+                    size = (batch_size, how.input_size, how.input_size, 3)
+                    place, pixels = 0, torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+                yield image, row, pixels, place
+                place += 1
 
-    def load(pair: tuple[_Image, int]) -> _Loaded | tuple[int, str]:
-        image, row = pair
+    def load(item: tuple[_Image, int, Tensor, int]) -> tuple[Tensor, _Loaded | tuple[int, str]]:
+        image, row, pixels, place = item
         try:
-            return _load(image, row, view_of(row), how)
+            return pixels, _load(image, row, view_of(row), how, pixels[place].numpy())
         except (ImageError, OSError) as error:  # OSError: from a dataset given in Python
-            return row, str(error)
+            return pixels, (row, str(error))
 
-    loaded = run_ahead(load, shared(), threads, ahead=batch_size + threads)
+    loaded = run_ahead(load, placed(), threads, ahead=batch_size + threads)
     while chunk := list(islice(loaded, batch_size)):
-        good = [item for item in chunk if isinstance(item, _Loaded)]
-        size = how.input_size
-        pixels = np.stack([item.pixels for item in good]) if good else np.zeros((0, size, size, 3), np.uint8)
+        pixels, items = chunk[0][0], [item for _, item in chunk]
+        places = [place for place, item in enumerate(items) if isinstance(item, _Loaded)]
+        good = [items[place] for place in places]
+        # Each image was resized straight into its place; only where one failed the others move up.
+        pixels = pixels[: len(good)] if len(good) == len(items) else pixels[places]
+        content_hw = torch.tensor(
+            [(item.geometry.content_height, item.geometry.content_width) for item in good], dtype=torch.int64
+        ).reshape(-1, 2)
         yield PixelBatch(
             rows=[item.row for item in good],
-            pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
-            content_hw=torch.tensor(
-                [(item.geometry.content_height, item.geometry.content_width) for item in good],
-                dtype=torch.int64,
-            ).reshape(-1, 2),
+            pixels=pixels.permute(0, 3, 1, 2),
+            content_hw=content_hw.pin_memory() if pinned else content_hw,
             hashes=[item.content_hash for item in good],
-            failures=dict(item for item in chunk if not isinstance(item, _Loaded)),
+            failures=dict(item for item in items if not isinstance(item, _Loaded)),
             notes=[note for item in good for note in item.notes],
         )
 
 
-def _load(image: _Image, row: int, view: View, how: Preprocessing) -> _Loaded:
+def _load(image: _Image, row: int, view: View, how: Preprocessing, pixels: np.ndarray) -> _Loaded:
+    """Put the pixels of a row in their place."""
     decoded, content_hash, first = image.get()
     shown = view.show(decoded.image)
     geometry = Geometry(*shown.shape[:2], how.input_size, how.fit)
-    pixels = to_pixels(shown, geometry, how.resize)
-    return _Loaded(row, pixels, geometry, content_hash, decoded.notes if first else ())
+    to_pixels(shown, geometry, how.resize, pixels)
+    return _Loaded(row, geometry, content_hash, decoded.notes if first else ())

@@ -16,12 +16,15 @@ def is_held_out(image_ids: np.ndarray, splits: Sequence[str], fraction: float, s
     all views of an image fall on one side, and a dataset that grows keeps its sides, unless it was so
     small that none fell under `fraction` and the nearest was taken.
     """
-    named = np.array([_is_named_held_out(split) for split in splits], dtype=bool)
-    if named.any() and not named.all():
-        return named
-    drawn = np.array([_uniform(image_id, seed) for image_id in image_ids.tolist()])
+    listed = splits.tolist() if isinstance(splits, np.ndarray) else splits
+    sides = {split: _is_named_held_out(split) for split in set(listed)}
+    if len(set(sides.values())) == 2:
+        return np.fromiter(map(sides.__getitem__, listed), bool, len(listed))
+    if fraction <= 0:
+        return np.zeros(len(image_ids), bool)
+    drawn = _uniform(image_ids, seed)
     held_out = drawn < fraction
-    if fraction > 0 and len(drawn) > 1 and not held_out.any():
+    if len(drawn) > 1 and not held_out.any():
         held_out[drawn.argmin()] = True  # few images: an evaluation on none would say nothing
     return held_out
 
@@ -31,6 +34,8 @@ def _is_named_held_out(split: str) -> bool:
     return any(name in part for name in HELD_OUT_SPLITS)
 
 
-def _uniform(image_id: int, seed: int) -> float:
-    digest = hashlib.blake2b(f"{seed}/{image_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
+def _uniform(image_ids: np.ndarray, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each image, float64, from a hash of seed and id."""
+    texts = [b"%d/%d" % (seed, image_id) for image_id in image_ids.tolist()]
+    digests = b"".join([hashlib.blake2b(text, digest_size=8).digest() for text in texts])
+    return np.frombuffer(digests, "<u8") / 2.0**64

@@ -15,17 +15,19 @@ from sam_cache.data.prompts import (
     KINDS,
     POINT_COLUMNS,
     PromptMixture,
-    keyed_generator,
     parse_prompts,
     sample_prompts,
 )
 from sam_cache.data.rle import mask_to_rle, measure_rle, rle_to_mask
-from sam_cache.data.targets import coverage, valid_coverage
+from sam_cache.data.runs import ColumnRuns, column_runs
+from sam_cache.data.streams import keyed_generator
+from sam_cache.data.targets import Patch, cover, coverage, valid_coverage
 from sam_cache.data.views import WHOLE, View, Views, parse_views
 
 __all__ = [
     "KINDS",
     "Augmentation",
+    "ColumnRuns",
     "POINT_COLUMNS",
     "Dataset",
     "Decoded",
@@ -33,11 +35,14 @@ __all__ = [
     "Geometry",
     "MaskCrop",
     "Pair",
+    "Patch",
     "PromptMixture",
     "View",
     "Views",
     "WHOLE",
     "augment",
+    "column_runs",
+    "cover",
     "coverage",
     "crop_rle",
     "decode",

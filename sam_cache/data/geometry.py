@@ -5,6 +5,7 @@ resized side over the original side, x and y apart, because each side is rounded
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -25,22 +26,22 @@ class Geometry:
     input_size: int
     fit: Fit = "longest"
 
-    @property
+    @cached_property
     def content_height(self) -> int:
         """Rows of the input that show the image; what lies below is padding."""
         return self._content(self.height)
 
-    @property
+    @cached_property
     def content_width(self) -> int:
         """Columns of the input that show the image; what lies to the right is padding."""
         return self._content(self.width)
 
-    @property
+    @cached_property
     def scale_x(self) -> float:
         """Input pixels per image pixel, from left to right."""
         return self.content_width / self.width
 
-    @property
+    @cached_property
     def scale_y(self) -> float:
         """Input pixels per image pixel, from top to bottom."""
         return self.content_height / self.height

@@ -5,7 +5,7 @@ Version 1 has only `coco_url`, whose last two parts are `train2017/000000391895.
 `COCO_val2014_000000266409.jpg` although the image is the 2017 one.
 """
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from sam_cache.data.coco import Image, dataset_of, read_annotations
 from sam_cache.data.dataset import Dataset
@@ -38,7 +38,7 @@ def open_lvis(
         )
     contents = read_annotations(annotations)
     divided = any((folder / name).is_dir() for name in ("train2017", "val2017"))
-    names = [_name_image(image, folder, divided) for image in contents.images]
+    names = [name_image(image, folder, divided) for image in contents.images]
     return dataset_of(annotations, contents, folder, names, limit, notes)
 
 
@@ -54,11 +54,12 @@ def _find_annotations(root: Path, split: str) -> Path:
     return found
 
 
-def _name_image(image: Image, folder: Path, divided: bool) -> str:
+def name_image(image: Image, folder: Path, divided: bool) -> str:
     """Where the image lies, relative to `folder`."""
     if not image.coco_url:
         return image.file_name
-    path = PurePosixPath(image.coco_url)
+    # A path object for each of 100,000 images takes four times as long.
+    parent, name = ("", "", *(part for part in image.coco_url.split("/") if part not in ("", ".")))[-2:]
     if divided:
-        return f"{path.parent.name}/{path.name}"
-    return image.file_name if image.file_name and not holds_file(folder, path.name) else path.name
+        return f"{parent}/{name}"
+    return image.file_name if image.file_name and not holds_file(folder, name) else name

@@ -5,24 +5,25 @@ batch, position or process it comes up in, and whatever is asked for beside it.
 """
 
 import re
-from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import accumulate
 
 import numpy as np
 import torch
-from numpy.random import Generator, Philox
+from numpy.random import Generator
 
 from sam_cache.data.crops import MaskCrop
 from sam_cache.data.geometry import Geometry
 from sam_cache.data.noise_masks import degrade_mask
+from sam_cache.data.runs import ColumnRuns
+from sam_cache.data.streams import KeyedStreams, doubles_of, floats_of
 from sam_cache.errors import UsageError
 from sam_cache.types import Prompts
 
 # The order is fixed: `Prompts.kind` indexes it.
 KINDS = ("centroid", "bbox-center", "interior", "point", "box", "none", "noise-mask")
+POINT, BOX, NOISE_MASK = map(KINDS.index, ("point", "box", "noise-mask"))
 
 POINT_COLUMNS = {
     "centroid": "centroid_xy_image",
@@ -75,10 +76,17 @@ class PromptMixture:
             for choice in self.choices
         )
 
-    def choose(self, chance: float) -> PromptChoice:
-        """The choice that `chance` in [0, 1) falls on."""
-        bounds = list(accumulate(choice.weight for choice in self.choices))
-        return self.choices[bisect(bounds[:-1], chance * bounds[-1])]
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of an object table that prompts of these kinds are made from."""
+        kinds = [choice.kind for choice in self.choices]
+        points = [POINT_COLUMNS[kind] for kind in dict.fromkeys(kinds) if kind in POINT_COLUMNS]
+        return ("id", *["box_xywh_image"] * bool({"box", "noise-mask"} & set(kinds)), *points)
+
+    def choose(self, chance: np.ndarray) -> np.ndarray:
+        """The places of the choices that numbers in [0, 1) fall on."""
+        bounds = np.array([choice.weight for choice in self.choices]).cumsum()
+        return bounds[:-1].searchsorted(chance * bounds[-1], "right")
 
 
 def parse_prompts(text: str) -> PromptMixture:
@@ -113,72 +121,86 @@ def sample_prompts(
     image_index: Sequence[int],
     image_ids: Sequence[int],
     geometries: Sequence[Geometry],
-    crop_of: Callable[[int], MaskCrop],
+    runs_of: Callable[[int], ColumnRuns],
     coverage_of: Callable[[int], np.ndarray],
     *,
     seed: int,
-    epoch: int = 0,
+    epochs: Sequence[int],
     training: bool,
 ) -> Prompts:
-    """One prompt for each of P objects.
+    """Draw one prompt for each of P objects, the same for the same (seed, epoch, image, object).
 
-    `objects` holds P rows of the columns `id`, `box_xywh_image`, and `centroid_xy_image`,
-    `bbox_center_xy_image` and `interior_xy_image` as `deterministic_points` makes them.
-    `image_index[p]` names object p's image in `image_ids` and `geometries`. `crop_of(p)` gives its
-    mask and is called for the kind `point` only; `coverage_of(p)`, its coverage (h, w) of the decoder's
-    cells, for the kind `noise-mask` only. `training` turns the noise of boxes on.
+    `objects` are columns of a store's object table, those that `mixture.columns` names. `image_index[p]`
+    says which of the images object p is in; these have `image_ids`, `geometries` and `epochs`. `runs_of(p)`
+    gives object p's mask and is called for the kind `point` only; `coverage_of(p)`, its coverage (h, w) of the
+    decoder's cells, for the kind `noise-mask` only. `training` turns the noise of boxes on.
 
     Foreground points are drawn uniformly from the mask without repetition; an object of fewer pixels
     gets as many points as it has pixels. Background points come from outside the mask but near its
     box, or from the whole image where there are too few of those; a mask that fills the image has none.
     An object so small that nothing is left of its `noise-mask` is asked for by its box instead, and its
     `kind` says so.
+
+    Only points and noise masks are drawn one by one; all else comes from the first words of the objects'
+    streams, for all objects in one go.
     """
-    count = len(image_index)
-    kinds = np.zeros(count, np.int64)
-    boxes = np.zeros((count, 4), np.float64)
-    has_box = np.zeros(count, bool)
-    points, labels = [np.zeros((0, 2))], [np.zeros(0, np.int64)]
-    counts = np.zeros(count + 1, np.int64)
+    images, count = np.array(image_index, np.int64), len(image_index)
+    scales = np.array([(each.scale_x, each.scale_y) for each in geometries]).reshape(-1, 2)[images]
+    streams = KeyedStreams(seed)
+    keys = [
+        (image_ids[image], epochs[image], id) for image, id in zip(image_index, objects["id"].tolist(), strict=True)
+    ]
+    words = np.array([streams.words(*key, 6) for key in keys], np.uint64).reshape(count, 6)
+    drawn = mixture.choose(doubles_of(words[:, 0]))
+    kinds = np.array([KINDS.index(choice.kind) for choice in mixture.choices])[drawn]
+    noise = 2 * doubles_of(words[:, 1:5]) - 1
+    chance = floats_of(np.where((kinds == BOX) & training, words[:, 5], words[:, 1]))
+
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     masks: dict[int, np.ndarray] = {}
-    chance = np.zeros((count, 2), np.float32)
-    for p, image in enumerate(image_index):
-        geometry = geometries[image]
-        random = keyed_generator(seed, epoch, image_ids[image], objects["id"][p])
-        choice = mixture.choose(random.random())
-        kind = choice.kind
-        if kind == "noise-mask":
-            degraded = degrade_mask(coverage_of(p), random)
-            if degraded is None:
-                kind = "box"
-            else:
-                masks[p] = degraded
-        kinds[p] = KINDS.index(kind)
-        if kind == "box":
-            x, y, w, h = objects["box_xywh_image"][p]
-            boxes[p] = geometry.boxes_to_input(np.array([x, y, x + w, y + h]))
+    for p in np.flatnonzero((kinds == POINT) | (kinds == NOISE_MASK)).tolist():
+        random, choice, geometry = streams.at(*keys[p]), mixture.choices[drawn[p]], geometries[image_index[p]]
+        random.random()  # has chosen the kind
+        if kinds[p] == POINT:
+            found[p] = sample_points(runs_of(p), geometry, choice.foreground, choice.background, random)
+        elif (degraded := degrade_mask(coverage_of(p), random)) is not None:
+            masks[p] = degraded
+        else:
+            kinds[p] = BOX
             if training:
-                boxes[p] = jitter_box(boxes[p], geometry, random)
-            has_box[p] = True
-        elif kind == "point":
-            inside, outside = sample_points(crop_of(p), geometry, choice.foreground, choice.background, random)
-            points += [geometry.points_to_input(inside), geometry.points_to_input(outside)]
-            labels += [np.ones(len(inside), np.int64), np.zeros(len(outside), np.int64)]
-            counts[p + 1] = len(inside) + len(outside)
-        elif kind in POINT_COLUMNS:
-            points.append(geometry.points_to_input(objects[POINT_COLUMNS[kind]][p])[None])
-            labels.append(np.ones(1, np.int64))
-            counts[p + 1] = 1
+                noise[p] = random.uniform(-1, 1, 4)
         chance[p] = random.random(2, np.float32)  # last, so that the prompt does not depend on it
+
+    boxes, has_box = np.zeros((count, 4)), kinds == BOX
+    if has_box.any():
+        boxes[has_box] = _boxes_to_input(objects["box_xywh_image"][has_box], scales[has_box])
+        if training:
+            limits = np.array([(each.content_width, each.content_height) * 2 for each in geometries])[images[has_box]]
+            boxes[has_box] = jitter_boxes(boxes[has_box], noise[has_box], limits)
+    counts = np.isin(kinds, [KINDS.index(kind) for kind in POINT_COLUMNS]).astype(np.int64)
+    for p, (inside, outside) in found.items():
+        counts[p] = len(inside) + len(outside)
+    offsets = np.concatenate([[0], counts.cumsum()])
+    points, labels = np.zeros((offsets[-1], 2)), np.ones(offsets[-1], np.int64)
+    for kind, column in POINT_COLUMNS.items():
+        if len(which := np.flatnonzero(kinds == KINDS.index(kind))):
+            points[offsets[which]] = objects[column][which] * scales[which]
+    for p, (inside, outside) in found.items():
+        middle = offsets[p] + len(inside)
+        points[offsets[p] : middle] = inside * scales[p]
+        points[middle : offsets[p + 1]] = outside * scales[p]
+        labels[middle : offsets[p + 1]] = 0
+    has_mask = np.zeros(count, bool)
+    has_mask[list(masks)] = True
     return Prompts(
-        image_index=torch.tensor(image_index, dtype=torch.int64),
+        image_index=torch.from_numpy(images),
         kind=torch.from_numpy(kinds),
-        points_xy_input=torch.from_numpy(np.concatenate(points)).float(),
-        labels=torch.from_numpy(np.concatenate(labels)),
-        offsets=torch.from_numpy(counts.cumsum()),
-        boxes_xyxy_input=torch.from_numpy(boxes).float(),
+        points_xy_input=torch.from_numpy(points.astype(np.float32)),
+        labels=torch.from_numpy(labels),
+        offsets=torch.from_numpy(offsets),
+        boxes_xyxy_input=torch.from_numpy(boxes.astype(np.float32)),
         has_box=torch.from_numpy(has_box),
-        has_mask=torch.tensor([p in masks for p in range(count)], dtype=torch.bool),
+        has_mask=torch.from_numpy(has_mask),
         chance=torch.from_numpy(chance),
         masks=_stack(masks, count),
     )
@@ -194,44 +216,40 @@ def _stack(masks: Mapping[int, np.ndarray], count: int) -> torch.Tensor | None:
     return torch.from_numpy(stacked)
 
 
-def keyed_generator(seed: int, epoch: int, image_id: int, object_id: int) -> Generator:
-    """Random numbers that belong to one object in one epoch.
+def _boxes_to_input(boxes_xywh_image: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Boxes (P, 4) as (x, y, x + w, y + h) in the input frame, `scales` (P, 2) being input per image pixels."""
+    corners = np.concatenate([boxes_xywh_image[:, :2], boxes_xywh_image[:, :2] + boxes_xywh_image[:, 2:]], axis=1)
+    return corners * np.concatenate([scales, scales], axis=1)
 
-    The four numbers are the key and the upper half of the counter of Philox (Salmon et al. 2011), so
-    no two objects share a stream: nothing is hashed, nothing collides.
+
+def jitter_boxes(boxes_xyxy_input: np.ndarray, noise: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Move each side of boxes (P, 4) by itself; opposite sides keep 80% of their distance.
+
+    `noise` (P, 4) in [-1, 1) says how far of what is allowed; `limits` (P, 4) are the image's width and height,
+    twice, in input pixels.
     """
-    words = [int(number) % 2**64 for number in (seed, image_id, epoch, object_id)]
-    key, counter = np.array(words[:2], np.uint64), np.array([0, 0, *words[2:]], np.uint64)
-    return Generator(Philox(key=key, counter=counter))
-
-
-def jitter_box(box_xyxy_input: np.ndarray, geometry: Geometry, random: Generator) -> np.ndarray:
-    """Move each side of a box (4,) by itself, within the image; opposite sides keep 80% of their distance."""
-    sides = np.tile(box_xyxy_input[2:] - box_xyxy_input[:2], 2)
-    noise = random.uniform(-1, 1, 4) * np.minimum(BOX_NOISE * sides, BOX_NOISE_LIMIT)
-    size = (geometry.content_width, geometry.content_height)
-    return (box_xyxy_input + noise).clip(0, size + size)
+    sides = boxes_xyxy_input[:, 2:] - boxes_xyxy_input[:, :2]
+    allowed = np.minimum(BOX_NOISE * np.concatenate([sides, sides], axis=1), BOX_NOISE_LIMIT)
+    return (boxes_xyxy_input + noise * allowed).clip(0, limits)
 
 
 def sample_points(
-    crop: MaskCrop, geometry: Geometry, foreground: int, background: int, random: Generator
+    runs: ColumnRuns, geometry: Geometry, foreground: int, background: int, random: Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points (K, 2) in and (N, 2) outside of a mask, float64 (x, y) in the image, K and N at most as asked for."""
-    inside = _draw(crop.mask.astype(bool), crop.left, crop.top, foreground, random)
+    area = runs.area
+    inside = runs.pixels(random.choice(area, min(foreground, area), replace=False)).astype(np.float64)
     if not background:
         return inside, np.zeros((0, 2))
+    crop = runs.crop()
     rows, columns = crop.mask.shape
     window = _around(crop, geometry, max(1, int(BACKGROUND_MARGIN * columns)), max(1, int(BACKGROUND_MARGIN * rows)))
     if window.mask.size - np.count_nonzero(window.mask) < background:
         window = _around(crop, geometry, geometry.width, geometry.height)
-    return inside, _draw(window.mask == 0, window.left, window.top, background, random)
-
-
-def _draw(allowed: np.ndarray, left: int, top: int, count: int, random: Generator) -> np.ndarray:
-    """At most `count` different pixels of those allowed, as (x, y)."""
-    places = np.flatnonzero(allowed)
-    rows, columns = np.divmod(random.choice(places, min(count, len(places)), replace=False), allowed.shape[1])
-    return np.stack([columns + left, rows + top], axis=1).astype(np.float64)
+    places = np.flatnonzero(window.mask == 0)
+    chosen = random.choice(places, min(background, len(places)), replace=False)
+    y, x = np.divmod(chosen, window.mask.shape[1])
+    return inside, np.stack([x + window.left, y + window.top], axis=1).astype(np.float64)
 
 
 def _around(crop: MaskCrop, geometry: Geometry, margin_x: int, margin_y: int) -> MaskCrop:

@@ -17,8 +17,8 @@ from torchvision import tv_tensors
 
 from sam_cache.data.crops import MaskCrop, crop_rle
 from sam_cache.data.move import Move, as_array, as_picture
-from sam_cache.data.prompts import keyed_generator
 from sam_cache.data.rle import mask_to_rle, measure_rle
+from sam_cache.data.streams import keyed_generator
 from sam_cache.errors import ImageError, UsageError
 from sam_cache.types import IDENTITY_TRANSFORM, ImageRecord
 

@@ -1,6 +1,7 @@
 """What training and evaluation read: a store's embeddings, its objects or others, and who is held out."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from sam_cache.batches import (
+    KNOWN_BYTES,
     Annotator,
+    Places,
     Preprocessing,
     Sampling,
     Visit,
@@ -82,9 +85,11 @@ class CachedData:
             objects, categories = objects_from(annotations, store.path, shows)
         images, readable = store.images, store.row_states[store.images.rows] == OK
         useful = np.flatnonzero(readable & np.isin(images.rows, objects["row"]))
-        _, first, image = np.unique(shows.image[useful], return_index=True, return_inverse=True)
-        ones = useful[first]  # an entry of each image: it counts once, however many views there are
-        apart = is_held_out(images.ids[ones], images.splits[ones], held_out, seed)[image]
+        begins = np.diff(shows.image[useful], prepend=-1) > 0
+        image, ones = begins.cumsum() - 1, useful[begins]  # an image counts once, however many views there are
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(objects.__getitem__, "rle")  # will be wanted; hashing ids leaves a core and the disk idle
+            apart = is_held_out(images.ids[ones], images.splits[ones], held_out, seed)[image]
         to_train, to_examine, incomplete = to_train[useful], shows.showing(view)[useful], 0
         if view == "tile":
             examined = np.flatnonzero(to_examine)
@@ -121,8 +126,8 @@ class CachedData:
     def preprocessing(self) -> Preprocessing:
         return Preprocessing(**self.store.spec.preprocessing)
 
-    def annotator(self, resolution: int, sampling: Sampling) -> Annotator:
-        return Annotator(self.store.images, self.objects, self.preprocessing, resolution, sampling)
+    def annotator(self, resolution: int, sampling: Sampling, known_bytes: int = KNOWN_BYTES) -> Annotator:
+        return Annotator(self.store.images, self.objects, self.preprocessing, resolution, sampling, known_bytes)
 
     @property
     def where(self) -> str:
@@ -135,7 +140,8 @@ class CachedData:
     def exams(
         self, rows: Sequence[int], kinds: Sequence[PromptMixture], seed: int, resolution: int
     ) -> Iterator[list[Exam]]:
-        annotators = [self.annotator(resolution, Sampling(kind, seed, training=False)) for kind in kinds]
+        # Each row is asked about once: what is known of its masks is not kept.
+        annotators = [self.annotator(resolution, Sampling(kind, seed, training=False), 0) for kind in kinds]
         tiles: dict[int, tuple[int, Tile]] = {}
         if self.tiled:
             tiles = {each: (row, tile) for row in rows for each, tile in self.shows.tiles(row).items()}
@@ -156,21 +162,20 @@ class CachedData:
 
     def categories_of(self, rows: np.ndarray) -> list[np.ndarray]:
         asked = ~self.objects["iscrowd"] & (self.objects["area"] > 0)
-        by_row: dict[int, list[int]] = {row: [] for row in rows.tolist()}
-        for row, category in zip(self.objects["row"][asked].tolist(), self.objects["category"][asked], strict=True):
-            if row in by_row:
-                by_row[row].append(category)
-        return [np.array(found, np.int64) for found in by_row.values()]
+        by_row = Places(self.objects["row"][asked])
+        categories = self.objects["category"][asked][by_row.places]
+        starts, stops = by_row.ranges(rows)
+        return [categories[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     def ground_truth(self, rows: np.ndarray) -> dict:
         if self.tiled:
             return self._ground_truth_of_tiles(rows)
         images, objects = self.store.images, self.objects
         ids, sizes = images.ids.tolist(), list(zip(images.heights.tolist(), images.widths.tolist(), strict=True))
-        numbers = [self.shows.number_of[int(row)] for row in rows]
+        numbers = self.shows.entries(rows).tolist()
         annotations = []
-        for index in np.flatnonzero(np.isin(objects["row"], rows)).tolist():
-            number = self.shows.number_of[int(objects["row"][index])]
+        ours = np.flatnonzero(np.isin(objects["row"], rows))
+        for index, number in zip(ours.tolist(), self.shows.entries(objects["row"][ours]).tolist(), strict=True):
             of_object = (objects[name][index] for name in ("category", "box_xywh_image", "area", "iscrowd", "rle"))
             annotations.append(coco_annotation(index + 1, ids[number], *of_object, sizes[number]))
         return {
@@ -189,7 +194,7 @@ class CachedData:
             of_row.setdefault(int(objects["row"][index]), []).append(index)
         entries, annotations = [], []
         for row, tiles in tiles_of.items():
-            image_id, parts = int(images.ids[self.shows.number_of[row]]), {}
+            image_id, parts = int(images.ids[self.shows.entries(np.array([row]))[0]]), {}
             size = tiles[row].size
             entries.append(coco_image(image_id, *size))
             for tile_row, tile in tiles.items():
@@ -223,12 +228,13 @@ class CachedData:
 
     def names(self, rows: np.ndarray) -> list[str]:
         """What images are called in any store that holds them: id and path."""
-        images, number_of = self.store.images, self.shows.number_of
-        return [f"{images.ids[number_of[row]]} {images.paths[number_of[row]]}" for row in rows.tolist()]
+        images, entries = self.store.images, self.shows.entries(rows)
+        ids, paths = images.ids[entries].tolist(), images.paths[entries].tolist()
+        return [f"{id} {path}" for id, path in zip(ids, paths, strict=True)]
 
     def sets_of(self, rows: np.ndarray) -> list[str]:
-        splits, number_of = self.store.images.splits, self.shows.number_of
-        return [str(splits[number_of[row]]).partition("/")[2] for row in rows.tolist()]
+        splits = self.store.images.splits[self.shows.entries(rows)]
+        return [split.partition("/")[2] for split in splits.tolist()]
 
     def check_encoder(self, identity: dict, owner: str) -> None:
         """Raises StoreError unless this store's embeddings mean the same as those of `identity`."""

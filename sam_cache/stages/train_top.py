@@ -31,7 +31,7 @@ def train_top(cfg: TrainTopConfig) -> int:
     )
     top = open_top(cfg, data)
     annotator = data.annotator(top.size.mask_size, make_sampling(cfg))
-    data = data.training_on(np.array([row for row in data.train if row in annotator], dtype=np.int64))
+    data = data.training_on(data.train[annotator.has_objects(data.train)])
     if not len(data.train):
         raise StoreError(f"{cfg.store}: no row with an object is left to train on; lower --held-out or embed more")
 

@@ -1,10 +1,13 @@
 """What the rows of a store show: of which image, in which view."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from sam_cache.batches import Places
 from sam_cache.data import View, Views, parse_views
 from sam_cache.errors import StoreError
 from sam_cache.stages.tiles import Tile, lay_tiles
@@ -26,23 +29,39 @@ class ViewRows:
     @cached_property
     def image(self) -> np.ndarray:
         """The number of each entry's image, counted from 0."""
-        return np.cumsum(self.images.views == self.views.first) - 1
+        return np.cumsum(self._by_name(self.views.first.__eq__, bool)) - 1
+
+    @cached_property
+    def _named(self) -> tuple[list[str], np.ndarray]:
+        """The names of views, each once, and of each entry the place of its view's name among them."""
+        views = self.images.views
+        if len(views) and (views == views[0]).all():  # a quick look: the rule, where no views were asked for
+            return [str(views[0])], np.zeros(len(views), np.intp)
+        listed = views.tolist()
+        places = {name: place for place, name in enumerate(dict.fromkeys(listed))}
+        return list(places), np.fromiter(map(places.__getitem__, listed), np.intp, len(listed))
+
+    def _by_name(self, values: Callable[[str], Any], dtype: type | str) -> np.ndarray:
+        """Of each entry, what `values` makes of its view's name."""
+        names, places = self._named
+        return np.array([values(name) for name in names], dtype)[places]
 
     @cached_property
     def kinds(self) -> np.ndarray:
         """Of each entry the kind of view: `identity`, `hflip`, `lsj` or `tile`."""
-        return np.array([name.partition("/")[0] for name in self.images.views.tolist()])
+        return self._by_name(_kind_of, "U")
 
     @cached_property
-    def number_of(self) -> dict[int, int]:
-        """The entry of each row."""
-        return {row: number for number, row in enumerate(self.images.rows.tolist())}
+    def _entries(self) -> Places:
+        return Places(self.images.rows)
+
+    def entries(self, rows: np.ndarray) -> np.ndarray:
+        """The entries of rows. Raises KeyError for a row that has none."""
+        return self._entries.of(rows)
 
     def among(self, views: Views) -> np.ndarray:
         """A boolean per entry: whether its view is one of `views`."""
-        names = self.images.views.tolist()
-        wanted = {name for name in set(names) if views.has(name)}
-        return np.array([name in wanted for name in names], bool)
+        return self._by_name(views.has, bool)
 
     def check(self, asked: str | None, owner: str) -> Views:
         """The views asked for, all where None. Raises StoreError where the store does not hold them."""
@@ -81,25 +100,29 @@ class ViewRows:
 
     def showing(self, view: str) -> np.ndarray:
         """A boolean per entry: whether it is of this name, or any of the tiles for `tile`."""
-        return self.kinds == "tile" if view == "tile" else self.images.views == view
+        return self._by_name(lambda name: (_kind_of(name) if view == "tile" else name) == view, bool)
 
     def looks(self, rows: np.ndarray) -> np.ndarray | None:
         """Image and look of each row, as `Order` takes them; all tiles of an image together are one look at it.
 
         None where no image can be looked at in several ways.
         """
-        entries = [self.number_of[row] for row in rows.tolist()]
-        names = ["tile" if self.kinds[entry] == "tile" else self.images.views[entry] for entry in entries]
-        known = {name: look for look, name in enumerate(dict.fromkeys(names))}
-        pairs = (
-            np.stack([self.image[entries], [known[name] for name in names]], axis=1) if entries else np.zeros((0, 2))
-        )
-        several = len(np.unique(pairs, axis=0)) > len(np.unique(pairs[:, 0]))
-        return pairs if several else None
+        entries, (names, places) = self.entries(rows), self._named
+        looks = ["tile" if _kind_of(name) == "tile" else name for name in names]
+        numbers, first, look = np.unique(
+            np.array([looks.index(name) for name in looks], np.int64)[places[entries]],
+            return_index=True, return_inverse=True,
+        )  # fmt: skip
+        if len(numbers) < 2:
+            return None
+        look, image = np.argsort(np.argsort(first))[look], self.image[entries]  # numbered as they first come
+        order = np.lexsort((look, image))
+        several = (np.diff(image[order]) == 0) & (np.diff(look[order]) != 0)
+        return np.stack([image, look], axis=1) if several.any() else None
 
     def tiles(self, row: int) -> dict[int, Tile]:
         """The tiles of the image that this row shows, by their rows."""
-        image = self.image[self.number_of[row]]
+        image = self.image[self.entries(np.array([row]))[0]]
         start, stop = np.searchsorted(self.image, [image, image + 1])  # all views of an image follow one another
         entries, images = start + np.flatnonzero(self.kinds[start:stop] == "tile"), self.images
         boxes = [
@@ -124,3 +147,7 @@ class ViewRows:
         records = [view.record(record) for view in views]
         theirs = [(shown.view, shown.height, shown.width, shown.transform) for shown in records]
         return views if ours == theirs else None
+
+
+def _kind_of(name: str) -> str:
+    return name.partition("/")[0]

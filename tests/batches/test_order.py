@@ -1,7 +1,10 @@
+import hashlib
 from itertools import islice
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sam_cache.batches.order import Cursor, Order, Visit
 from sam_cache.batches.split import is_held_out
@@ -73,6 +76,14 @@ def test_held_out_images_are_few_stable_and_decided_by_id():
     assert not is_held_out(ids, [""] * 1000, 0.0, seed=0).any()
 
 
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, unique=True), st.integers(0, 2**40), st.floats(0.01, 0.9))
+def test_who_is_held_out_is_the_hash_of_earlier_versions(ids, seed, fraction):
+    digests = [hashlib.blake2b(f"{seed}/{each}".encode(), digest_size=8).digest() for each in ids]
+    expected = [int.from_bytes(digest, "little") / 2**64 < fraction for digest in digests]
+    found = is_held_out(np.array(ids), [""] * len(ids), fraction, seed)
+    assert found.tolist() == expected or (not any(expected) and found.sum() == (len(ids) > 1))
+
+
 def test_few_images_still_hold_one_out():
     assert is_held_out(np.arange(3), [""] * 3, 0.1, seed=0).sum() == 1
 
@@ -122,6 +133,21 @@ def test_images_are_told_apart_whatever_their_numbers_and_order():
     rows = {visit.row for visit in Order(ROWS[shuffled], 0, looks=looks).epoch(0)}
     assert {LOOKS[row - 10, 0] for row in rows} == {0, 1, 2, 3}
     assert rows == {visit.row for visit in Order(ROWS[shuffled], 0, looks=LOOKS[shuffled]).epoch(0)}
+
+
+@given(st.integers(0, 9), st.integers(0, 2**32), st.booleans())
+def test_turns_are_what_visiting_row_by_row_gives(epoch, seed, looking):
+    """The plain way: a list of all visits, shuffled."""
+    repeats = np.array([2.0, 0.0, 1.5] + [1.0] * 8)
+    order = Order(ROWS, seed, repeats, LOOKS if looking else None)
+    random = np.random.default_rng((seed, epoch))
+    turns = np.floor(repeats + random.random(len(ROWS)))
+    if looking:
+        kinds = {image: sorted(set(LOOKS[LOOKS[:, 0] == image, 1])) for image in range(4)}
+        drawn = [kind[int(chance * len(kind))] for kind, chance in zip(kinds.values(), random.random(4), strict=True)]
+        turns *= LOOKS[:, 1] == np.array(drawn)[LOOKS[:, 0]]
+    visits = [Visit(row, epoch, number) for row, count in zip(ROWS, turns, strict=True) for number in range(int(count))]
+    assert order.epoch(epoch) == [visits[place] for place in random.permutation(len(visits))]
 
 
 def test_a_row_that_is_drawn_comes_as_often_as_it_should():

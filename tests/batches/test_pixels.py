@@ -92,6 +92,19 @@ def test_all_views_of_a_bad_image_fail_for_its_reason():
     assert "not an image" in failures[0]
 
 
+def test_images_after_one_that_fails_move_up():
+    scenes = open_synthetic(5, size=64)
+    broken = replace(scenes, read=lambda record: b"no image" if record.id in (1, 3) else scenes.read(record))
+    (batch,) = pixel_batches(broken, [(number, number) for number in range(5)], HOW, 8, 2)
+    assert batch.rows == [0, 2, 4]
+    assert list(batch.failures) == [1, 3]
+    assert batch.pixels.shape == (3, 3, 64, 64)
+    for row, pixels, hash in zip(batch.rows, batch.pixels, batch.hashes, strict=True):
+        (alone,) = pixel_batches(scenes, [(row, row)], HOW, 1, 1)
+        assert torch.equal(alone.pixels[0], pixels)
+        assert alone.hashes == [hash]
+
+
 def test_views_of_an_image_of_unknown_size_fail_but_the_image_itself():
     scenes = open_synthetic(1, size=64)
     unknown = replace(scenes, images=[ImageRecord(0, "a.bmp")], read=lambda _: scenes.read(scenes.images[0]))

@@ -1,14 +1,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from sam_cache.data import open_dataset, rle_to_mask
+from sam_cache.data import coco, open_dataset, rle_to_mask
+from sam_cache.data.lvis import name_image
 from sam_cache.errors import DatasetError
 
 URL = "http://images.cocodataset.org/{}"
@@ -56,6 +59,13 @@ def test_version_1_with_all_images_in_one_folder(tmp_path):
     write_image(tmp_path / "flat" / "000000000009.jpg")
     dataset = open_dataset("lvis", images=tmp_path / "flat", annotations=tmp_path / "file.json")
     assert [record.path for record in dataset.images] == ["000000000009.jpg", "000000000025.jpg"]
+
+
+@given(st.text("a./b", min_size=1))
+def test_images_are_named_by_the_last_two_parts_of_their_address(address):
+    path = PurePosixPath(address)
+    found = name_image(coco.Image(1, 2, 3, "", address), Path("/nowhere"), divided=True)
+    assert found == f"{path.parent.name}/{path.name}"
 
 
 @pytest.mark.parametrize(

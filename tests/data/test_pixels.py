@@ -25,6 +25,9 @@ def test_upstream_equals_upstream_to_the_bit(shape):
     resized = ResizeLongestSide(128).apply_image(image)
     expected[: resized.shape[0], : resized.shape[1]] = resized
     assert np.array_equal(to_pixels(image, geometry), expected)
+    used = np.full_like(expected, 7)
+    assert to_pixels(image, geometry, out=used) is used
+    assert np.array_equal(used, expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

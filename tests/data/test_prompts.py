@@ -11,13 +11,15 @@ from PIL.Image import Transpose
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch.nn.functional import interpolate
 
-from sam_cache.data.crops import MaskCrop, crop_rle
 from sam_cache.data.decode import decode
 from sam_cache.data.geometry import Geometry
+from sam_cache.data.noise_masks import degrade_mask
 from sam_cache.data.pixels import to_pixels
 from sam_cache.data.points import deterministic_points
-from sam_cache.data.prompts import KINDS, PromptChoice, keyed_generator, parse_prompts, sample_prompts
+from sam_cache.data.prompts import KINDS, PromptChoice, parse_prompts, sample_prompts
 from sam_cache.data.rle import mask_to_rle, measure_rle
+from sam_cache.data.runs import ColumnRuns, column_runs
+from sam_cache.data.streams import KeyedStreams, doubles_of, floats_of, keyed_generator
 from sam_cache.data.targets import coverage
 from sam_cache.errors import UsageError
 from sam_cache.types import ImageRecord
@@ -50,13 +52,17 @@ def ask(text, masks, geometry=None, *, ids=None, image_id=1, seed=0, epoch=0, tr
     geometry = geometry or Geometry(*masks[0].shape, INPUT)
     return sample_prompts(
         parse_prompts(text), columns, [0] * len(masks), [image_id], [geometry],
-        lambda p: crop_rle(mask_to_rle(masks[p]), *masks[p].shape), lambda p: cover(masks[p], geometry),
-        seed=seed, epoch=epoch, training=training,
+        lambda p: runs_of(masks[p]), lambda p: cover(masks[p], geometry),
+        seed=seed, epochs=[epoch], training=training,
     )  # fmt: skip
 
 
+def runs_of(mask):
+    return column_runs([mask_to_rle(mask)], *mask.shape)
+
+
 def cover(mask, geometry):
-    return coverage(crop_rle(mask_to_rle(mask), *mask.shape), geometry, CELLS)
+    return coverage(mask_to_rle(mask), geometry, CELLS)
 
 
 def blob(height, width, seed=0):
@@ -98,7 +104,7 @@ def test_points_hit_their_own_pixel_in_the_input(kind, height, width, size, fit,
 
     geometry = Geometry(*image.shape[:2], size, fit)
     pixels = to_pixels(image, geometry)
-    inside = coverage(crop_rle(mask_to_rle(mask), height, width), geometry, size)
+    inside = coverage(mask_to_rle(mask), geometry, size)
     prompts = ask(kind, [mask], geometry, seed=seed)
     assert prompts.labels.all()
     for x, y in prompts.points_xy_input.double().tolist():
@@ -116,7 +122,7 @@ def test_boxes_enclose_their_object_tightly_in_the_input(height, width, fit, see
     mask, geometry = blob(height, width, seed), Geometry(height, width, INPUT, fit)
     prompts = ask("box", [mask], geometry, seed=seed)
     x0, y0, x1, y1 = prompts.boxes_xyxy_input[0].tolist()
-    rows, columns = np.nonzero(coverage(crop_rle(mask_to_rle(mask), height, width), geometry, INPUT) > 1e-6)
+    rows, columns = np.nonzero(coverage(mask_to_rle(mask), geometry, INPUT) > 1e-6)
     assert prompts.has_box.all()
     assert np.array([columns.min(), rows.min()]) == pytest.approx(np.floor(np.array([x0, y0]) + 1e-3))
     assert np.array([columns.max(), rows.max()]) + 1 == pytest.approx(np.ceil(np.array([x1, y1]) - 1e-3))
@@ -141,13 +147,21 @@ def test_a_batch_is_its_objects_one_by_one():
     sizes = [(geometries[image].height, geometries[image].width) for image in image_index]
     masks = [blob(*size, seed) for seed, size in enumerate(sizes)]
     columns = object_columns(masks, range(len(masks)))
-    crops = [crop_rle(mask_to_rle(mask), *mask.shape) for mask in masks]
-    covered = [coverage(crop, geometries[image], CELLS) for crop, image in zip(crops, image_index, strict=True)]
+    runs = [runs_of(mask) for mask in masks]
+    covered = [cover(mask, geometries[image]) for mask, image in zip(masks, image_index, strict=True)]
     kinds = ("box", "point", "interior", "none", "noise-mask")
     mixture = parse_prompts(",".join(("point+3-2", *kinds)))
-    key = {"seed": 3, "epoch": 5, "training": True}
+    key, epochs = {"seed": 3, "training": True}, [5, 6 | 2 << 32]
     together = sample_prompts(
-        mixture, columns, image_index, image_ids, geometries, crops.__getitem__, covered.__getitem__, **key
+        mixture,
+        columns,
+        image_index,
+        image_ids,
+        geometries,
+        runs.__getitem__,
+        covered.__getitem__,
+        epochs=epochs,
+        **key,
     )
     assert set(together.kind.tolist()) == {KINDS.index(kind) for kind in kinds}
     assert torch.equal(together.has_mask, together.kind == KINDS.index("noise-mask"))
@@ -156,7 +170,7 @@ def test_a_batch_is_its_objects_one_by_one():
         row = {name: column[p : p + 1] for name, column in columns.items()}
         alone = sample_prompts(
             mixture, row, [0], [image_ids[image]], [geometries[image]],
-            lambda _, p=p: crops[p], lambda _, p=p: covered[p], **key,
+            lambda _, p=p: runs[p], lambda _, p=p: covered[p], epochs=[epochs[image]], **key,
         )  # fmt: skip
         expected = together.select(torch.tensor([p]))
         if not expected.has_mask:
@@ -164,6 +178,81 @@ def test_a_batch_is_its_objects_one_by_one():
         assert expected.image_index.item() == image
         expected.image_index.zero_()
         assert same(alone, expected)
+
+
+def ask_plainly(mixture, column, mask, geometry, key, training):
+    """One prompt, drawn step by step from a generator of its own: kind, points, labels, box, mask, chance."""
+    random = keyed_generator(*key)
+    weights = np.cumsum([choice.weight for choice in mixture.choices])
+    choice = mixture.choices[int((random.random() * weights[-1] >= weights).sum())]
+    kind, points, labels, box, noisy = choice.kind, np.zeros((0, 2)), [], np.zeros(4), None
+    if kind == "noise-mask" and (noisy := degrade_mask(cover(mask, geometry), random)) is None:
+        kind = "box"
+    if kind == "box":
+        x, y, w, h = column["box_xywh_image"]
+        box = geometry.boxes_to_input(np.array([x, y, x + w, y + h]))
+        if training:
+            sides = np.tile(box[2:] - box[:2], 2)
+            size = (geometry.content_width, geometry.content_height)
+            box = (box + random.uniform(-1, 1, 4) * np.minimum(0.1 * sides, 20)).clip(0, size + size)
+    elif kind == "point":
+        y, x = np.nonzero(mask)
+        chosen = random.choice(np.arange(len(y)), min(choice.foreground, len(y)), replace=False)
+        points, labels = np.stack([x, y], axis=1)[chosen], [1] * len(chosen)
+        if choice.background:
+            box_x, box_y, w, h = column["box_xywh_image"].astype(int)
+            near = np.zeros_like(mask)
+            across, down = max(1, int(0.1 * w)), max(1, int(0.1 * h))
+            near[max(0, box_y - down) : box_y + h + down, max(0, box_x - across) : box_x + w + across] = True
+            y, x = np.nonzero(near & ~mask)
+            if len(y) < choice.background:
+                y, x = np.nonzero(~mask)
+            chosen = random.choice(np.arange(len(y)), min(choice.background, len(y)), replace=False)
+            points = np.concatenate([points, np.stack([x, y], axis=1)[chosen]])
+            labels += [0] * len(chosen)
+        points = geometry.points_to_input(points)
+    elif kind != "none" and kind != "noise-mask":
+        points, labels = geometry.points_to_input(column[kind.replace("-", "_") + "_xy_image"])[None], [1]
+    return kind, points.astype(np.float32), labels, box.astype(np.float32), noisy, random.random(2, np.float32)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("text", ["box", "point,box", "point+5-3:2,noise-mask,none,centroid,bbox-center,interior,box"])
+def test_prompts_drawn_together_are_those_drawn_step_by_step_bit_for_bit(text, training):
+    """The plain way to draw a prompt is what it has been since the first version; runs go on with the same prompts."""
+    mixture, geometry = parse_prompts(text), Geometry(90, 70, INPUT)
+    masks = [blob(90, 70, seed) for seed in range(60)]
+    masks[7] = np.arange(90 * 70).reshape(90, 70) == 3000  # fewer pixels than points
+    masks[11] = ~masks[7]  # nearly nothing outside
+    ids, columns = [5 * place - 7 for place in range(60)], object_columns(masks, range(60))
+    found = ask(text, masks, geometry, ids=ids, image_id=-3, seed=2**63, epoch=9 | 1 << 32, training=training)
+    for p, mask in enumerate(masks):
+        column = {name: values[p] for name, values in columns.items()}
+        key = (2**63, 9 | 1 << 32, -3, ids[p])
+        kind, points, labels, box, noisy, chance = ask_plainly(mixture, column, mask, geometry, key, training)
+        of_prompt = slice(*found.offsets[p : p + 2].tolist())
+        assert KINDS[found.kind[p]] == kind
+        assert np.array_equal(found.points_xy_input[of_prompt].numpy(), points)
+        assert found.labels[of_prompt].tolist() == labels
+        assert np.array_equal(found.boxes_xyxy_input[p].numpy(), box)
+        assert found.has_mask[p] == (noisy is not None)
+        assert noisy is None or np.array_equal(found.masks[p].numpy(), noisy)
+        assert np.array_equal(found.chance[p].numpy(), chance)
+
+
+@given(st.tuples(*[st.integers(-(2**63), 2**64 - 1)] * 4))
+def test_a_stream_is_that_of_a_generator_of_its_own(key):
+    seed, epoch, image, each = key
+    streams = KeyedStreams(seed)
+    streams.at(1, 2, 3).random(5, np.float32)  # leaves half a word behind
+    words = streams.words(image, epoch, each, 4)
+    plain = keyed_generator(*key)
+    assert doubles_of(words[:2]).tolist() == plain.random(2).tolist()
+    assert np.array_equal(floats_of(words[2:]).ravel(), plain.random(4, np.float32))
+    again = streams.at(image, epoch, each)
+    assert (
+        again.choice(1000, 7, replace=False).tolist() == keyed_generator(*key).choice(1000, 7, replace=False).tolist()
+    )
 
 
 @pytest.mark.parametrize("kind", ["point+3", "noise-mask"])
@@ -322,20 +411,19 @@ def test_noisy_boxes_stay_boxes_within_the_image(height, width, fit, seed):
 
 
 def test_none_says_nothing_and_only_points_and_masks_look_at_the_mask():
-    def no_crop(p: int) -> MaskCrop:
+    def no_runs(p: int) -> ColumnRuns:
         raise AssertionError("the mask is not needed")
 
     def no_coverage(p: int) -> np.ndarray:
         raise AssertionError("its coverage is not needed")
 
     mask, geometry = blob(40, 50), Geometry(40, 50, INPUT)
-    crop = crop_rle(mask_to_rle(mask), *mask.shape)
     for kind in KINDS:
-        crop_of = (lambda _: crop) if kind == "point" else no_crop
+        asked_of = runs_of if kind == "point" else no_runs
         coverage_of = (lambda _: cover(mask, geometry)) if kind == "noise-mask" else no_coverage
         prompts = sample_prompts(
-            parse_prompts(kind), object_columns([mask], [0]), [0], [1], [geometry], crop_of, coverage_of,
-            seed=0, training=True,
+            parse_prompts(kind), object_columns([mask], [0]), [0], [1], [geometry],
+            lambda _, asked_of=asked_of: asked_of(mask), coverage_of, seed=0, epochs=[0], training=True,
         )  # fmt: skip
         assert prompts.kind.tolist() == [KINDS.index(kind)]
         assert len(prompts.labels) == (kind not in ("box", "none", "noise-mask"))
@@ -346,7 +434,7 @@ def test_none_says_nothing_and_only_points_and_masks_look_at_the_mask():
 
 def test_no_objects_are_no_prompts():
     prompts = sample_prompts(
-        parse_prompts("box,point"), object_columns([], []), [], [], [], None, None, seed=0, training=True
+        parse_prompts("box,point"), object_columns([], []), [], [], [], None, None, seed=0, epochs=[], training=True
     )
     assert len(prompts) == 0
     assert prompts.offsets.tolist() == [0]

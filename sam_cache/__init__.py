@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "sam_cache.config": (
+        "CalibrateConfig",
         "EmbedConfig",
         "EvalConfig",
         "ExportConfig",
@@ -22,6 +23,7 @@ _HOMES = {
     ),
     "sam_cache.data": ("Dataset", "mask_to_rle", "measure_rle", "open_dataset"),
     "sam_cache.errors": ("SamcacheError",),
+    "sam_cache.stages.calibrate": ("calibrate",),
     "sam_cache.stages.embed": ("embed",),
     "sam_cache.stages.evaluate": ("evaluate",),
     "sam_cache.stages.export": ("export",),

@@ -18,6 +18,7 @@ from typing import Any
 
 from sam_cache import __version__
 from sam_cache.config import (
+    CalibrateConfig,
     EmbedConfig,
     EvalConfig,
     ExportConfig,
@@ -64,6 +65,12 @@ STAGES = {
         ),
         Stage("info", InfoConfig, "info:info", "Describe a store: identity, rows, objects, bytes."),
         Stage(
+            "calibrate",
+            CalibrateConfig,
+            "calibrate:calibrate",
+            "Measure what storage types and codecs cost with your weights and images, and name the smallest.",
+        ),
+        Stage(
             "train-top",
             TrainTopConfig,
             "train_top:train_top",
@@ -97,7 +104,7 @@ STAGES = {
 }
 
 
-READS_A_DATASET = {"embed", "train-full"}  # what --root is for
+READS_A_DATASET = {"embed", "calibrate", "train-full"}  # what --root is for
 
 
 def find(name: str) -> Path:
@@ -223,6 +230,7 @@ class Receipt:
         # A dataset's images are not read for this: say --from where they have changed.
         inputs = {
             "embed": (),
+            "calibrate": ("checkpoint",),
             "train-full": ("checkpoint",),
             "train-top": ("store", "eval_store", "annotations", "checkpoint"),
         }

@@ -17,6 +17,7 @@ from sam_cache.config.knobs import (
     TrainingKnobs,
 )
 from sam_cache.config.stages import (
+    CalibrateConfig,
     EmbedConfig,
     EvalConfig,
     ExportConfig,
@@ -29,6 +30,7 @@ from sam_cache.config.stages import (
 
 __all__ = [
     "AdapterKnobs",
+    "CalibrateConfig",
     "DatasetKnobs",
     "DeviceKnobs",
     "EmbedConfig",

@@ -38,7 +38,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class StageConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Built when a command runs: --help needs the fields of all stages and validates none.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
 
 
 def _with_absolute_folders(entry: str) -> str:

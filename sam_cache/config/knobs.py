@@ -111,8 +111,8 @@ class TrainingKnobs(StageConfig):
     )
     loss: Literal["focal-dice", "bce-iou", "balanced-bce-iou", "points", "uncertain-points"] = Field(
         "focal-dice",
-        description="SAM's loss, SAM-Adapter's two, or cross entropy and Dice at points of the mask: "
-        "spread evenly, or mostly where it is unsure, as in HQ-SAM.",
+        description="SAM's loss, SAM-Adapter's two, or cross entropy and Dice at points of the mask: spread evenly, "
+        "so that no more than these is decoded and a step is fastest, or mostly where it is unsure, as in HQ-SAM.",
     )
     loss_points: Positive | None = Field(
         None, description="Points per mask of the two point losses. Default: 1,024 and 12,544."

@@ -28,14 +28,22 @@ class EmbedConfig(DeviceKnobs, PixelKnobs, ModelKnobs, DatasetKnobs):
         None, description="Storage type of the early level, most of the bytes. Default: --dtype."
     )
     codec: Literal["raw", "zstd", "blosc"] = Field("raw", description="Compression of stored rows.")
+    keep_bits: Positive | None = Field(
+        None, description="Bits of the mantissa to keep in floating levels: fewer compress better. Default: all."
+    )
     views: str = Field(
         "identity",
         description="Views of each image, a row each: identity, hflip, lsj:4 (jitters), tile:1024:128 (side:overlap).",
     )
     shard_rows: Positive = Field(64, description="Rows in one shard, the unit of an atomic write.")
-    batch_size: Positive = Field(1, description="Images per encoder call.")
+    batch_size: Positive | None = Field(None, description="Images per encoder call. Default: 8 on cuda, else 1.")
     compute_dtype: Precision | None = Field(None, description="Encoder arithmetic. Default: bf16 on cuda, else fp32.")
-    threads: Positive = Field(4, description="Threads that decode images ahead of the encoder.")
+    compile: bool | None = Field(
+        None, description="Compile the encoder, for a minute. Default: on cuda, from 4,000 rows."
+    )
+    threads: Positive | None = Field(
+        None, description="Threads that decode images ahead of the encoder. Default: one for each core."
+    )
     strict: bool = Field(False, description="Exit 1 when any image was skipped.")
 
 
@@ -106,6 +114,20 @@ class EvalConfig(DeviceKnobs, SplitKnobs, ObjectKnobs):
     overlays: int = Field(8, ge=0, description="Images drawn as overlays.")
     mask_budget: Positive | None = Field(None, description="Prompts decoded at once. Default: 64 on cuda, else 16.")
     average_precision: bool = Field(True, description="Also compute COCO or LVIS mask AP.")
+
+
+class CalibrateConfig(DeviceKnobs, SplitKnobs, PixelKnobs, ModelKnobs, DatasetKnobs):
+    out: Path = Field(Path("calibration"), description="Folder for the table, and for what is in the making.")
+    limit: Positive | None = Field(200, description="Images to calibrate on: the first N.")
+    held_out: float = Field(0.3, gt=0, lt=1, description="Share of them kept for scoring, where no split says.")
+    steps: Positive = Field(200, description="Optimizer steps of each training.")
+    seeds: Positive = Field(3, description="Trainings of each type, with the seeds from --seed on.")
+    bound: float = Field(0.005, ge=0, description="Largest loss of held-out mean IoU that a codec may cost.")
+    prompts: str = Field("point,box", description="Prompt kinds of training and scoring.")
+    batch_size: Positive = Field(4, description="Images per training batch.")
+    learning_rate: float = Field(1e-4, gt=0, description="Learning rate after warm-up.")
+    compute_dtype: Precision | None = Field(None, description="Encoder arithmetic. Default: bf16 on cuda, else fp32.")
+    as_json: bool = Field(False, alias="json", description="Print as JSON.")
 
 
 class ExportConfig(DeviceKnobs, RunKnobs):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sam_cache.errors import UsageError
 from sam_cache.model.adapters.adapter import Adapter
-from sam_cache.model.attention import run_block
+from sam_cache.model.attention import Places, run_block
 from sam_cache.model.checkpoints import State, load_state, own_fp32, state_digest
 from sam_cache.model.parts import build_image_encoder, part_of
 from sam_cache.model.sizes import ModelSize, size_of
@@ -37,6 +37,7 @@ class Encoder(nn.Module):
     `digest` is the sha256 of the weights as they were loaded.
     `adapter` is called around the blocks where there is one (`sam_cache.model.adapters.attach`).
     With `checkpointing` a backward keeps each block's input alone and computes the block again.
+    `compiled` runs the blocks after `compile_blocks`.
     """
 
     def __init__(self, size: ModelSize, state: State, normalise: Normalise = "sam", levels: Sequence[str] = ("neck",)):
@@ -51,6 +52,7 @@ class Encoder(nn.Module):
         self.digest = state_digest(state)
         self.adapter: Adapter | None = None
         self.checkpointing = False
+        self.compiled: Callable[[nn.Module, Tensor], Tensor] | None = None
         channels = {"neck": size.neck_channels, "early": size.width}
         self.levels = {name: (channels[name], size.grid, size.grid) for name in LEVELS if name in {"neck", *levels}}
 
@@ -73,6 +75,18 @@ class Encoder(nn.Module):
                 found["early"] = tokens.permute(0, 3, 1, 2)
         return {"neck": self.vit.neck(tokens.permute(0, 3, 1, 2))} | found
 
+    def compile_blocks(self, places: Places = "kernel", **options: Any) -> None:
+        """From now on run the blocks compiled, as a GPU wants it: for calls without gradients, without an adapter.
+
+        The first call compiles, one windowed and one global block for all, and so does each call for another number
+        of images. `places` is how attention gets its positions, `options` are torch.compile's.
+        """
+
+        def run_plainly(block: nn.Module, tokens: Tensor) -> Tensor:
+            return run_block(block, tokens, places=places)
+
+        self.compiled = torch.compile(run_plainly, dynamic=False, **options)
+
     def _run(self, function: Callable, *arguments: Any) -> Any:
         """Call it, keeping only the arguments for the backward where `checkpointing` says so."""
         if self.checkpointing and torch.is_grad_enabled():
@@ -82,7 +96,7 @@ class Encoder(nn.Module):
     def _run_block(self, number: int, tokens: Float[Tensor, "I g g C"], prior: Any) -> Float[Tensor, "I g g C"]:
         block, adapter = self.vit.blocks[number], self.adapter
         if adapter is None:
-            return run_block(block, tokens)
+            return (self.compiled or run_block)(block, tokens)
         tokens = adapter.before_block(number, tokens, prior)
         tokens = run_block(block, tokens, lambda normed: adapter.added_qkv(number, normed, prior))
         return adapter.after_block(number, tokens, prior)
@@ -114,17 +128,18 @@ def normalise_pixels(
     `minmax` maps each image's own range to [0, 1] (MedSAM, pre_CT_MR.py).
     """
     side = torch.arange(pixels.shape[-1], device=pixels.device)
-    rows, columns = (side < content_hw[:, axis, None].to(pixels.device) for axis in (0, 1))
+    content_hw = content_hw.to(pixels.device, non_blocking=True)
+    rows, columns = (side < content_hw[:, axis, None] for axis in (0, 1))
     padding = ~(rows[:, None, :, None] & columns[:, None, None, :])
-    values = pixels.float()
+    values = pixels.float()  # a copy: what follows changes it in place, since fresh memory costs more than the sums
     if normalise == "minmax":
         low = values.masked_fill(padding, torch.inf).amin((1, 2, 3), keepdim=True)
         high = values.masked_fill(padding, -torch.inf).amax((1, 2, 3), keepdim=True)
-        values = (values - low) / (high - low).clamp(min=1e-8)
+        values.sub_(low).div_((high - low).clamp(min=1e-8))
     else:
-        mean, std = values.new_tensor([MEAN, STD])[:, :, None, None]
-        values = (values - mean) / std
-    return values.masked_fill(padding, 0.0)
+        for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+            values[:, channel].sub_(mean).div_(std)
+    return values.masked_fill_(padding, 0.0)
 
 
 def fit_positions(state: State, size: ModelSize) -> State:

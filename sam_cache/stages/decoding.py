@@ -8,21 +8,29 @@ from torch import Tensor, nn
 
 from sam_cache.errors import UsageError
 from sam_cache.model import Masks
-from sam_cache.training import POINTS, LossWeights, part_names, sam_loss
+from sam_cache.training import POINTS, LossWeights, loss_cells, part_names, sam_loss
 from sam_cache.types import Batch, Prompts, Targets
 
 GOLDEN = 0.6180339887498949  # steps of it fill [0, 1) evenly: each round's click gets a chance of its own
 
 
-def decode_batch(network: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Batch, Masks]]:
-    """(which prompts, their part of the batch, masks): ambiguous prompts get three masks, others one."""
+def decode_batch(
+    network: nn.Module, batch: Batch, cells: Tensor | None = None
+) -> Iterator[tuple[Tensor, Batch, Masks]]:
+    """(which prompts, their part of the batch, masks): ambiguous prompts get three masks, others one.
+
+    With `cells` (P, S) of the maps only the logits of each prompt's own.
+    """
     for multimask in (False, True):
         index = (batch.prompts.ambiguous == multimask).nonzero()[:, 0]
         if len(index) == len(batch.prompts):
-            yield index, batch, network(batch.levels, batch.prompts, multimask)
+            part = batch
         elif len(index):
             part = batch.select(index)
-            yield index, part, network(part.levels, part.prompts, multimask)
+        else:
+            continue
+        places = () if cells is None else (cells[index],)
+        yield index, part, network(part.levels, part.prompts, multimask, *places)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class SamObjective:
     error region. The last of several rounds brings no click, and of more than three another one, drawn
     by chance. A step's loss is the mean over rounds. `points` are those of a loss that reads points, its
     own number where None. Raises UsageError when they are given to another loss.
+
+    Of the loss `points` only its cells are decoded; in a round that another follows the whole masks are,
+    because the next one is told them.
     """
 
     weights: LossWeights
@@ -49,22 +60,25 @@ class SamObjective:
 
     def __call__(self, network: nn.Module, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """One dictionary a round, to be back-propagated before the next is asked for: `loss`, its parts, `iou`."""
-        logits = None
+        side = batch.targets.masks.shape[2]
+        cells = loss_cells(batch.prompts.chance, self.points, side) if self.kind == "points" else None
         for turn in range(self.corrections + 1):
-            if logits is not None:
-                pixels_per_cell = network.size.input_size / network.size.mask_size
-                prompts = correct(batch.prompts, logits, batch.targets, pixels_per_cell, turn, self.corrections)
-                batch = replace(batch, prompts=prompts)
+            last = turn == self.corrections
             sums: dict[str, Tensor] = {}
             answers = []
-            for index, part, masks in decode_batch(network, batch):
-                self._add(sums, part, masks)
-                answers.append((index, best_masks(masks)[0].detach()))
+            for index, part, masks in decode_batch(network, batch, cells if last else None):
+                self._add(sums, part, masks, cells[index] if last and cells is not None else None)
+                if not last:
+                    answers.append((index, best_masks(masks)[0].detach()))
             yield {name: value / (self.corrections + 1) for name, value in sums.items()}
-            order = torch.cat([index for index, _ in answers]).argsort()
-            logits = torch.cat([found for _, found in answers])[order]
+            if not last:
+                order = torch.cat([index for index, _ in answers]).argsort()
+                logits = torch.cat([found for _, found in answers])[order]
+                pixels_per_cell = network.size.input_size / side
+                prompts = correct(batch.prompts, logits, batch.targets, pixels_per_cell, turn + 1, self.corrections)
+                batch = replace(batch, prompts=prompts)
 
-    def _add(self, sums: dict[str, Tensor], part: Batch, masks: Masks) -> None:
+    def _add(self, sums: dict[str, Tensor], part: Batch, masks: Masks, cells: Tensor | None) -> None:
         losses = sam_loss(
             masks.logits,
             masks.scores,
@@ -75,6 +89,7 @@ class SamObjective:
             self.kind,
             part.prompts.chance,
             self.points,
+            cells,
         )
         names = ("loss", *part_names(self.kind), "iou")
         for name, value in zip(names, (losses.total, losses.mask, losses.overlap, losses.iou), strict=True):

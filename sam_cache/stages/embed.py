@@ -1,20 +1,25 @@
 """Stage 1: run the frozen image encoder once over every image of a dataset, into a store."""
 
+import os
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 
 import torch
 
 from sam_cache.batches import PixelBatch, Preprocessing, pixel_batches
 from sam_cache.config import EmbedConfig
 from sam_cache.data import Dataset, View, parse_views
-from sam_cache.model import Encoder, load_encoder, size_of
+from sam_cache.model import load_encoder, size_of
 from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device, pick_precision
 from sam_cache.stages.embedding_store import check_space, checkpoint_of, open_store, recorded, spec_of
+from sam_cache.stages.encoding import Encoded, Encoding, compile_encoder, wants_compiling
 from sam_cache.stages.progress import Bar, say, say_some, stop_on_signals
+from sam_cache.stages.shard_writing import OpenShards, WritingThread
 from sam_cache.stages.source import open_source
-from sam_cache.store import FAILED, OK, EmbeddingStore, ShardBusy
+from sam_cache.store import FAILED, OK, EmbeddingStore, Shard, ShardBusy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +47,7 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
     spec = spec_of(cfg, encoder, how, precision)
     known = EmbeddingStore.open(cfg.store) if cfg.store.exists() else None
     rows = sum(views.count(record.height, record.width) for record in source.images)
+    compiling = wants_compiling(cfg.compile, device, rows // ranks.world)
     # Before the list below, which may not fit the memory.
     check_space(cfg.store, spec, len(source.images), rows, held=len(known.images) if known else 0)
     # All views of the first image, then all of the second: the order of the rows.
@@ -52,40 +58,66 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
     # Under --limit the store may hold more images than are asked for now.
     asked = dict(zip(store.images.rows.tolist(), shown, strict=False))
     todo = [shard for shard in store.uncommitted() if shard.rows[-1] in asked]
-    notes: Counter[str] = Counter()
-
-    def view_of(row: int) -> View:
-        return asked[row][1]
-
-    with stop_on_signals() as stop, Bar("embedding", sum(len(shard.rows) for shard in todo), "images") as bar:
-        for shard in ranks.share(todo):
-            # A shard that another process is writing is that process's; its own record will tell.
-            with suppress(ShardBusy), store.writing(shard) as writer:
-                pairs = [(asked[row][0], row) for row in shard.rows if row not in writer.kept]
-                bar.advance(len(shard.rows) - len(pairs))
-                for batch in pixel_batches(source, pairs, how, cfg.batch_size, cfg.threads, view_of):
-                    levels = encode(encoder, batch, device)
-                    for place, row in enumerate(batch.rows):
-                        writer.append(row, {name: level[place] for name, level in levels.items()}, batch.hashes[place])
-                    for row, message in batch.failures.items():
-                        writer.fail(row, message)
-                    notes.update(batch.notes)
-                    bar.advance(len(batch.rows) + len(batch.failures))
-                    stop.check(f"stopped; {cfg.store} keeps what is done, the same command goes on from there")
+    batch_size = cfg.batch_size or (8 if device.type == "cuda" else 1)
+    if compiling and todo:
+        compile_encoder(encoder, batch_size, device)
+    quantised = {name for name, level in spec.levels.items() if level.dtype == "int8"}
+    encoding = Encoding(encoder, device, batch_size, quantised)
+    threads = cfg.threads or os.cpu_count() or 1
+    with Bar("embedding", sum(len(shard.rows) for shard in todo), "images") as bar:
+        notes = fill(store, ranks.share(todo), source, asked, how, encoding, threads, bar)
     store.compact()
     return report(cfg, store, source, notes, done=len(todo))
 
 
-@torch.inference_mode()
-def encode(encoder: Encoder, batch: PixelBatch, device: torch.device) -> dict[str, torch.Tensor]:
-    """Levels of the batch's images, on the device. uint8 travels there and is normalised there.
+def fill(
+    store: EmbeddingStore,
+    shards: Iterable[Shard],
+    source: Dataset,
+    asked: Mapping[int, tuple[int, View]],
+    how: Preprocessing,
+    encoding: Encoding,
+    threads: int,
+    bar: Bar,
+) -> Counter[str]:
+    """Embed the rows that these shards lack; `asked` has each row's image number and view. Returns what was noted.
 
-    They come back row by row, in storage type. Contiguous, for int8 asks for each channel's range.
+    Decoding, encoding and writing go on side by side: the encoder waits for neither. Raises Interrupted.
     """
-    if not batch.rows:
-        return {}
-    levels = encoder(batch.pixels.to(device, non_blocking=True), batch.content_hw.to(device))
-    return {name: level.contiguous() for name, level in levels.items()}
+    notes: Counter[str] = Counter()
+    with stop_on_signals() as stop, OpenShards(store) as open_shards, WritingThread() as writing:
+
+        def rows_to_embed() -> Iterator[tuple[int, int]]:
+            """Image number and row, shard after shard, so that nothing waits where one ends and the next begins."""
+            for shard in shards:
+                # A shard that another process is writing is that process's; its own record will tell.
+                with suppress(ShardBusy):
+                    rows = open_shards.open(shard)
+                    bar.advance(len(shard.rows) - len(rows))
+                    if not rows:
+                        writing.give(partial(open_shards.commit, shard.index))
+                    yield from ((asked[row][0], row) for row in rows)
+
+        def write(batch: PixelBatch, encoded: Encoded) -> None:
+            with encoding.fetched(encoded) as levels:
+                for place, row in enumerate(batch.rows):
+                    values = {name: level[place] for name, level in levels.items()}
+                    open_shards.append(row, values, batch.hashes[place])
+            for row, message in batch.failures.items():
+                open_shards.fail(row, message)
+            bar.advance(len(batch.rows) + len(batch.failures))
+
+        batches = pixel_batches(
+            source, rows_to_embed(), how, encoding.batch_size, threads, lambda row: asked[row][1], encoding.pinned
+        )
+        for batch in batches:
+            writing.give(partial(write, batch, encoding.encode(batch)))
+            notes.update(batch.notes)
+            if stop():
+                writing.finish()
+                stop.check(f"stopped; {store.path} keeps what is done, the same command goes on from there")
+        writing.finish()
+    return notes
 
 
 def report(cfg: EmbedConfig, store: EmbeddingStore, dataset: Dataset, notes: Counter, done: int) -> int:

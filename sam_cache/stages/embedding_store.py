@@ -15,7 +15,7 @@ from sam_cache.data import Dataset, View, Views, parse_views
 from sam_cache.errors import StoreError, UsageError
 from sam_cache.model import Encoder, load_top, size_of, top_to_bytes
 from sam_cache.stages.progress import Bar, say
-from sam_cache.store import EmbeddingStore, LevelSpec, StoreSpec, Table
+from sam_cache.store import STORED_TYPES, EmbeddingStore, LevelSpec, StoreSpec, Table
 from sam_cache.types import ImageRecord
 
 
@@ -32,7 +32,12 @@ def spec_of(cfg: EmbedConfig, encoder: Encoder, how: Preprocessing, precision: s
     if cfg.early_dtype and "early" not in encoder.levels:
         raise UsageError(f"--early-dtype {cfg.early_dtype}: no early level is stored; add --levels neck,early")
     dtypes = {"neck": cfg.dtype, "early": cfg.early_dtype or cfg.dtype}
-    levels = {name: LevelSpec(*shape, dtypes[name], cfg.codec) for name, shape in encoder.levels.items()}
+    kept = {name: keep_bits_of(cfg, dtypes[name]) for name in encoder.levels}
+    if cfg.keep_bits and not any(kept.values()):
+        raise UsageError(
+            f"--keep-bits {cfg.keep_bits}: int8 has no mantissa to cut; leave it, or choose --dtype fp16, bf16 or fp32"
+        )
+    levels = {name: LevelSpec(*shape, dtypes[name], cfg.codec, kept[name]) for name, shape in encoder.levels.items()}
     views = str(parse_views(cfg.views))
     return StoreSpec(cfg.model, encoder.digest, levels, precision, vars(how), cfg.shard_rows, views)
 
@@ -70,6 +75,14 @@ def open_store(
     base = top_to_bytes(load_top(cfg.model, checkpoint_of(cfg), cfg.input_size))
     records = [view.record(dataset.images[number]) for number, view in shown]
     return EmbeddingStore.create_or_resume(cfg.store, spec, records, prepare, base, recorded, attributes)
+
+
+def keep_bits_of(cfg: EmbedConfig, dtype: str) -> int | None:
+    """Bits of the mantissa to keep in a level of this type: int8 beside a floating level has none to cut."""
+    have = STORED_TYPES[dtype].mantissa
+    if cfg.keep_bits and have and cfg.keep_bits > have:
+        raise UsageError(f"--keep-bits {cfg.keep_bits}: {dtype} has {have} bits of mantissa; give at most {have}")
+    return cfg.keep_bits if have else None
 
 
 def recorded(cfg: EmbedConfig, described: bool) -> dict:

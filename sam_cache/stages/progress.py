@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 
 from rich.console import Console
@@ -20,10 +21,22 @@ from rich.text import Text
 from sam_cache.errors import Interrupted
 from sam_cache.ranks import Ranks
 
+_hushed: ContextVar[bool] = ContextVar("hushed", default=False)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """For a stage that runs others within: they say nothing and draw no bar; their errors speak."""
+    before = _hushed.set(True)
+    try:
+        yield
+    finally:
+        _hushed.reset(before)
+
 
 def say(text: str) -> None:
     """Tell the person; of several processes the first one speaks."""
-    if Ranks.from_env().rank == 0:
+    if Ranks.from_env().rank == 0 and not _hushed.get():
         print(text, file=sys.stderr)
 
 
@@ -53,7 +66,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty() or Ranks.from_env().rank > 0,
+            disable=not sys.stderr.isatty() or Ranks.from_env().rank > 0 or _hushed.get(),
         )
         self._task = self._bar.add_task(title, total=total, completed=done, unit=unit, note="")
 

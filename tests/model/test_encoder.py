@@ -1,12 +1,29 @@
+import subprocess
+import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import get_rel_pos
+from torch import Tensor, nn
 
 from sam_cache.errors import UsageError
-from sam_cache.model import SIZES, Encoder, SamAdapterKnobs, attach, fixed_weights, load_encoder
+from sam_cache.model import (
+    SIZES,
+    Encoder,
+    LoraKnobs,
+    SamAdapterKnobs,
+    SpatialPriorKnobs,
+    attach,
+    attention,
+    bands,
+    fixed_weights,
+    load_encoder,
+    products,
+)
 from sam_cache.model.attention import run_block
 from sam_cache.model.encoder import normalise_pixels
 from sam_cache.model.parts import build_image_encoder, build_mask_decoder, build_prompt_encoder, part_of
@@ -124,15 +141,123 @@ def test_swapped_relative_positions_are_seen(encoder, upstream, pixels, relative
     assert relative(encoder(pixels, CONTENT)["neck"], expected) > 1e-4
 
 
-@pytest.mark.parametrize("index", [0, 1])  # windowed with padding, global
-def test_fused_block_equals_upstream(encoder, index, relative):
-    for parameter in encoder.parameters():  # large weights make attention sharp, and errors visible
-        parameter.data *= 10
+def way_of(way: str, block: nn.Module, tokens: Tensor, monkeypatch) -> Tensor:
+    """The block's output by one of the ways that compute it."""
+    monkeypatch.setattr(products, "BY_ONEDNN", products.BY_ONEDNN and way != "bands without oneDNN")
+    if way == "channels":  # what a gradient goes through
+        return run_block(block, tokens.requires_grad_()).detach()
+    with torch.no_grad():
+        return run_block(block, tokens)
+
+
+@pytest.mark.parametrize("way", ["bands", "bands without oneDNN", "channels"])
+@pytest.mark.parametrize(("index", "name"), [(0, "windowed with padding"), (1, "global")])
+@pytest.mark.parametrize("scale", [1, 10])  # large weights make attention sharp, and errors visible
+def test_fused_block_is_as_exact_as_upstreams(encoder, index, name, way, scale, monkeypatch):
+    for parameter in encoder.parameters():
+        parameter.data *= scale
     block = encoder.vit.blocks[index]
     tokens = torch.randn(2, SIZE.grid, SIZE.grid, SIZE.width)
     with torch.no_grad():
-        expected = block(tokens) - tokens
-        assert relative(run_block(block, tokens) - tokens, expected) < 1e-5
+        exact = deepcopy(block).double()(tokens.double()) - tokens
+        theirs = (block(tokens) - tokens - exact).abs().max()
+    ours = (way_of(way, block, tokens, monkeypatch) - tokens - exact).abs().max()
+    assert ours < max(4 * theirs, 1e-5 * exact.std())
+
+
+@pytest.mark.parametrize("index", [0, 3])  # windowed, global
+@torch.no_grad()
+def test_bands_of_a_full_size_grid_equal_upstream(index, relative):
+    block = load_encoder("nano").vit.blocks[index]
+    tokens = torch.randn(2, 64, 64, SIZES["nano"].width)
+    expected = block(tokens) - tokens
+    assert relative(run_block(block, tokens) - tokens, expected) < 2e-5
+
+
+def test_frozen_blocks_run_in_bands_and_trained_ones_do_not(deep_encoder, pixels, relative, monkeypatch):
+    """As in training the last blocks alone; what is frozen before them needs no gradient."""
+    ran = []
+    monkeypatch.setattr(
+        attention, "run_in_bands", lambda block, *rest: ran.append(block) or bands.run_in_bands(block, *rest)
+    )
+    frozen, trained = deep_encoder.vit.blocks[:2], deep_encoder.vit.blocks[2:]
+    for block in frozen:
+        block.requires_grad_(False)
+    deep_encoder.vit.patch_embed.requires_grad_(False)
+    deep_encoder.vit.pos_embed.requires_grad_(False)
+    deep_encoder(pixels, CONTENT)["neck"].square().sum().backward()
+    assert ran == list(frozen)
+    found = [parameter.grad for parameter in trained.parameters()]
+    deep_encoder.zero_grad()
+    monkeypatch.setattr(attention, "fits_bands", lambda *_: False)
+    deep_encoder(pixels, CONTENT)["neck"].square().sum().backward()
+    for parameter, gradient in zip(trained.parameters(), found, strict=True):
+        assert relative(gradient, parameter.grad) < 1e-3
+
+
+@torch.no_grad()
+def test_low_rank_layers_and_added_qkv_run_in_bands_too(encoder, pixels, relative, monkeypatch):
+    attach(encoder, LoraKnobs(rank=2, targets=("q", "v", "proj", "mlp")), seed=3)
+    for name, parameter in encoder.named_parameters():
+        if "low_rank_up" in name:
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    attach(encoder, SpatialPriorKnobs(rank=2, channels=8), seed=3)
+    for layer in encoder.adapter.layers:
+        for low_rank in layer.children():
+            low_rank.up.weight.copy_(torch.randn(low_rank.up.weight.shape) * 0.1)
+    found = encoder(pixels, CONTENT)["neck"]
+    monkeypatch.setattr(attention, "fits_bands", lambda *_: False)
+    assert relative(found, encoder(pixels, CONTENT)["neck"]) < 1e-5
+
+
+@torch.no_grad()
+def test_autocast_is_not_passed_by(encoder, pixels, relative, monkeypatch):
+    exact = encoder(pixels, CONTENT)["neck"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(pixels, CONTENT)["neck"]
+        monkeypatch.setattr(attention, "fits_bands", lambda *_: False)
+        assert torch.equal(found, encoder(pixels, CONTENT)["neck"])
+    assert relative(found, exact) > 1e-4
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@torch.no_grad()
+def test_products_equal_linear_layers(gelu, relative):
+    rows, weight, bias = torch.randn(3, 50, 40), torch.randn(24, 80)[:, ::2], torch.randn(24)
+    for operand, added in ((rows, bias), (rows[:, ::2], None), (rows[0].T.contiguous().T, bias)):
+        expected = F.linear(operand, weight, added)
+        found = products.multiply(operand, weight, added, gelu)
+        assert relative(found, F.gelu(expected) if gelu else expected) < 1e-5
+
+
+COMPILE = """
+import torch
+from dataclasses import replace
+from torch._dynamo.testing import CompileCounterWithBackend
+from sam_cache.model import SIZES, Encoder, fixed_weights
+from sam_cache.model.parts import part_of
+
+size = replace(SIZES["tiny"], depth=5, global_blocks=(1, 3))
+encoder = Encoder(size, part_of(fixed_weights(size), "image_encoder")).eval().requires_grad_(False)
+pixels, content_hw = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), torch.tensor([[128, 70], [33, 128]])
+with torch.inference_mode():
+    expected = encoder(pixels, content_hw)["neck"]
+    for places in ("kernel", "channels"):
+        torch._dynamo.reset()
+        backend = CompileCounterWithBackend("aot_eager")
+        encoder.compile_blocks(places, backend=backend, fullgraph=True)
+        for _ in range(2):
+            found = encoder(pixels, content_hw)["neck"]
+        assert (found - expected).abs().max() < 1e-5 * expected.std(), f"{places}: another result"
+        assert backend.frame_count == 2, f"{places}: compiled {backend.frame_count} times"
+"""
+
+
+@pytest.mark.slow
+def test_blocks_compile_whole_and_once_for_all_of_a_kind():
+    """In a process of its own: the types that tests check at every call are nothing for a compiler."""
+    ended = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_padding_is_zero_after_normalisation(pixels):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sam_cache.errors import UsageError
-from sam_cache.model import SIZES, load_encoder
+from sam_cache.model import SIZES, attention, load_encoder
 from sam_cache.model.adapters import (
     LoraKnobs,
     LowRankLinear,
@@ -33,7 +33,9 @@ def encode(encoder, pixels):
     return encoder(pixels, CONTENT)["neck"]
 
 
-def test_nothing_changes_at_first(encoder, pixels):
+def test_nothing_changes_at_first(encoder, pixels, monkeypatch):
+    # Frozen layers run in bands, whose products are another library's: equal but for rounding.
+    monkeypatch.setattr(attention, "fits_bands", lambda *_: False)
     expected = encode(encoder, pixels)
     attach(encoder, LoraKnobs(targets=EVERYTHING), seed=1)
     assert torch.equal(encode(encoder, pixels), expected)

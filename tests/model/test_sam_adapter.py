@@ -160,6 +160,7 @@ def test_equals_the_public_implementation(make_encoder, strengthen, relative, va
         assert relative(encoder(*images)["neck"], restate(encoder, *images)) < 1e-4
 
 
+@torch.no_grad()
 def test_identity_start_leaves_the_output_bit_for_bit(make_encoder, variant):
     images = make_images(SIZES["tiny"].input_size)
     bare = make_encoder(None)(*images)["neck"]

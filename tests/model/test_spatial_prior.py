@@ -85,6 +85,7 @@ def plain_prior(adapter, inputs):
     return total.permute(0, 2, 3, 1) @ weight.T + bias
 
 
+@torch.no_grad()
 def test_nothing_changes_at_first(encoder, pixels):
     expected = encode(encoder, pixels)
     attach(encoder, SpatialPriorKnobs(), seed=1)

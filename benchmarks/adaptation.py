@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import describe_machine, write_results
-from real_sets import sets
+from measure import describe_machine, table, write_results
+from real_sets import interval, sets
 
 CONTENDERS = ("train-top", "sa", "lora", "spm", "none")
 BATCH = 4
@@ -99,18 +99,23 @@ def evaluate(folder: Path, *arguments: object) -> dict:
     return json.loads((out / "report.json").read_text())
 
 
-def show(name: str, found: list[dict]) -> None:
-    """The table of benchmarks/README.md."""
-    first = found[0]["untouched"]
-    rows = [(f"untouched | 0 | 0 | 0 | {first['iou']['mean']:.3f} | {first['boundary_iou']['mean']:.3f} | | |")]
-    for row in found:
-        gain = row["gain"]["iou"]
-        rows.append(
-            f"{row['contender']} | {row['trained_parameters'] / 1e6:.2f} | {row['steps']} | {row['seconds']:.0f} | "
-            f"{row['tuned']['iou']['mean']:.3f} | {row['tuned']['boundary_iou']['mean']:.3f} | "
-            f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] | {row['peak_memory'] / 2**30:.2f} |"
-        )
-    print("\n".join(f"| {name} | {row}" for row in rows), flush=True)
+def render(result: dict) -> str:
+    names = {"train-top": "`train-top` (cache)", "none": "`--adapter none`, all weights"}
+    rows = []
+    for name, found in result["sets"].items():
+        first = found[0]["untouched"]
+        untouched = [f"{first[score]['mean']:.3f}" for score in ("iou", "boundary_iou")]
+        rows.append([f"{name} ({first['images']} images, {first['objects']} objects)", "untouched", "", "", ""])
+        rows[-1] += [*untouched, "", ""]
+        rows += [
+            ["", names.get(row["contender"], f"`--adapter {row['contender']}`")]
+            + [f"{row['trained_parameters'] / 1e6:.2f}", row["steps"], f"{row['seconds']:.0f}"]
+            + [f"{row['tuned'][score]['mean']:.3f}" for score in ("iou", "boundary_iou")]
+            + [interval(row["gain"]["iou"]), f"{row['peak_memory'] / 2**30:.2f}"]
+            for row in found
+        ]
+    head = ["set", "what is trained", "M parameters", "steps", "seconds", "mIoU", "boundary IoU", "gain [95%]", "GiB"]
+    return table(head, rows)
 
 
 def main() -> None:
@@ -128,9 +133,10 @@ def main() -> None:
                 measure(one, datasets[name], arguments.input_size, arguments.seconds, Path(scratch, name, one))
                 for one in CONTENDERS
             ]
-            show(name, results[name])
     settings = {"seconds": arguments.seconds, "input_size": arguments.input_size, "model": "nano", "prompts": "box"}
-    write_results("adaptation_cpu", {"settings": settings, "sets": results, "machine": describe_machine()})
+    result = {"settings": settings, "sets": results, "machine": describe_machine()}
+    print(render(result))
+    write_results("adaptation_cpu", result)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import describe_machine, write_results
-from real_sets import sets
+from measure import describe_machine, table, write_results
+from real_sets import interval, sets
 
 from sam_cache import EmbedConfig, TrainTopConfig, embed, train_top
 from sam_cache.data import parse_prompts
@@ -84,6 +84,22 @@ def measure(name: str, knobs: dict, arguments: argparse.Namespace, folder: Path)
     ]
 
 
+def render(result: dict) -> str:
+    rows = [
+        [
+            f"{row['set']} ({row['images']} images, {row['objects']} objects)" if row["what"] == UNTOUCHED else "",
+            row["what"],
+            f"{row['parameters'] / 1e6:.2f}" if row["parameters"] else "",
+            f"{row['seconds']:.0f}" if row["seconds"] else "",
+            f"{row['iou']:.3f}",
+            f"{row['boundary_iou']:.3f}",
+            interval(row["gain"]["iou"]) if row["gain"] else "",
+        ]
+        for row in result["rows"]
+    ]
+    return table(["set", "what is trained", "M parameters", "seconds", "mIoU", "boundary IoU", "gain [95%]"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("SAMCACHE_TEST_DATA")
@@ -98,12 +114,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         known = sets(arguments.data, Path(scratch))
         found = [row for name in NAMES for row in measure(name, known[name], arguments, Path(scratch, name))]
-    for row in found:
-        gain = f"{row['gain']['iou']['mean']:+.3f}" if row["gain"] else ""
-        print(f"| {row['set']} | {row['what']} | {row['iou']:.3f} | {row['boundary_iou']:.3f} | {gain} |")
     settings = {name: getattr(arguments, name) for name in ("model", "steps", "input_size", "early_dtype", "seed")}
     suffix = "" if arguments.early_dtype == "fp16" else f"_{arguments.early_dtype}"
-    write_results(f"hq{suffix}_cpu", {"settings": settings, "rows": found, "machine": describe_machine()})
+    result = {"settings": settings, "rows": found, "machine": describe_machine()}
+    print(render(result))
+    write_results(f"hq{suffix}_cpu", result)
 
 
 if __name__ == "__main__":

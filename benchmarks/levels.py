@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import describe_machine, write_results
+from measure import describe_machine, table, write_results
 from real_sets import sets
 from torch import Tensor
 
@@ -111,6 +111,29 @@ def compare_flips(heads: dict[str, Sam], batch: Batch) -> dict:
     }
 
 
+def render(result: dict) -> str:
+    head = ["set", "stored as", "neck", "early", "`sam` loss", "gradients", "`hq` loss", "gradients"]
+    errors = ("neck", "early", "sam_loss", "sam_gradient", "hq_loss", "hq_gradient")
+    return table(
+        head,
+        [[row["set"], row["stored"], *(f"{row[error]:.1e}" for error in errors)] for row in result["storage"]],
+    )
+
+
+def render_flips(result: dict) -> str:
+    head = ["set", "neck: mirrored", "other image", "early: mirrored", "other image",
+            "IoU, mirror image", "IoU, mirrored neck"]  # fmt: skip
+    distances = [f"{level}_{what}" for level in ("neck", "early") for what in ("distance", "between_images")]
+    scores = [f"iou_of_mirrored_{what}" for what in ("image", "levels")]
+    return table(
+        head,
+        [
+            [row["set"], *(f"{row[name]:.2f}" for name in distances), *(f"{row[name]:.3f}" for name in scores)]
+            for row in result["flips"]
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("SAMCACHE_TEST_DATA")
@@ -131,15 +154,13 @@ def main() -> None:
             batch = read(known[name], sampling, how, heads["sam"].size.mask_size, arguments.images)
             storage += [{"set": name, **row} for row in compare_storage(heads, batch)]
             flips.append({"set": name, **compare_flips(heads, batch)})
-    for row in [*storage, *flips]:
-        print("| " + " | ".join(f"{value:.1e}" if isinstance(value, float) else value for value in row.values()) + " |")
     settings = {name: getattr(arguments, name) for name in ("images", "input_size")} | {
         "model": "nano",
         "prompts": "box",
     }
-    write_results(
-        "levels_cpu", {"settings": settings, "storage": storage, "flips": flips, "machine": describe_machine()}
-    )
+    result = {"settings": settings, "storage": storage, "flips": flips, "machine": describe_machine()}
+    print(render(result), render_flips(result), sep="\n\n")
+    write_results("levels_cpu", result)
 
 
 if __name__ == "__main__":

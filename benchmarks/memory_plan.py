@@ -10,7 +10,7 @@ import argparse
 from itertools import product
 
 import torch
-from measure import describe_machine, write_results
+from measure import describe_machine, table, write_results
 
 from sam_cache.model import Sam, SamAdapterKnobs, attach, estimate_memory, freeze, size_of
 from sam_cache.model.parts import outline
@@ -28,6 +28,15 @@ def make_network(model: str, adapter: str) -> Sam:
     return sam
 
 
+def render(result: dict) -> str:
+    what = {"none": "`--adapter none`, every weight", "sa": "`--adapter sa`"}
+    rows = [
+        [plan["model"], what[plan["adapter"]], *(f"{count / 2**30:.1f} GiB" for count in plan["bytes"].values())]
+        for plan in result["plans"]
+    ]
+    return table(["model", "", "with activation checkpointing", "without"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2)
@@ -41,9 +50,9 @@ def main() -> None:
             for name, checkpointing in (("checkpointing", True), ("without", False))
         }
         plans.append({"model": model, "adapter": adapter, "bytes": by_checkpointing})
-        told = " | ".join(f"{count / 2**30:.1f} GiB" for count in by_checkpointing.values())
-        print(f"| {model} | `--adapter {adapter}` | {told} |", flush=True)
-    write_results("memory_plan", {"settings": vars(arguments), "plans": plans, "machine": describe_machine()})
+    result = {"settings": vars(arguments), "plans": plans, "machine": describe_machine()}
+    print(render(result))
+    write_results("memory_plan", result)
 
 
 if __name__ == "__main__":

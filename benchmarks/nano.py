@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import safetensors.torch
-from measure import describe_machine, write_results
+from measure import describe_machine, table, write_results
 from real_sets import sets
 
 from sam_cache import EmbedConfig, EvalConfig, ExportConfig, TrainFullConfig, embed, evaluate, export, train_full
@@ -62,8 +62,6 @@ def score(name: str, knobs: dict, input_size: int, folder: Path) -> dict:
     report = json.loads((folder / "eval" / "report.json").read_text())["untouched"]
     means = {kind: found["all"]["iou"]["mean"] for kind, found in report.items()}
     counts = report["box"]["all"]
-    print(f"| {name} | {input_size} | {counts['images']} | {counts['objects']} | "
-          + " | ".join(f"{means[kind]:.3f}" for kind in KINDS.split(",")) + " |")  # fmt: skip
     return {
         "set": name,
         "input_size": input_size,
@@ -71,6 +69,15 @@ def score(name: str, knobs: dict, input_size: int, folder: Path) -> dict:
         "objects": counts["objects"],
         "iou": means,
     }
+
+
+def render(result: dict) -> str:
+    rows = [
+        [row["set"], row["input_size"], row["images"], row["objects"]]
+        + [f"{row['iou'][kind]:.3f}" for kind in result["kinds"]]
+        for row in result["sets"]
+    ]
+    return table(["set", "input", "images", "objects", *(f"`{kind}`" for kind in result["kinds"])], rows)
 
 
 def main() -> None:
@@ -88,7 +95,9 @@ def main() -> None:
             real = sets(Path(arguments.data), Path(scratch))
             asked += [(name, real[name], 448) for name in ("nuclei", "fruits_nuts", "crackforest")]
         found = [score(*one, Path(scratch, str(number))) for number, one in enumerate(asked)]
-    write_results("nano_cpu", {"kinds": KINDS.split(","), "sets": found, "machine": describe_machine()})
+    result = {"kinds": KINDS.split(","), "sets": found, "machine": describe_machine()}
+    print(render(result))
+    write_results("nano_cpu", result)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import msgspec
 import numpy as np
-from measure import describe_machine, write_results
+from measure import describe_machine, table, write_results
 
 from sam_cache import EmbedConfig, EvalConfig, TrainTopConfig, embed, evaluate, train_top
 
@@ -86,6 +86,22 @@ def measure(name: str, knobs: dict, steps: int, input_size: int, folder: Path) -
     }
 
 
+def interval(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+def render(result: dict) -> str:
+    head = ["set", "held-out images", "objects", "untouched IoU", "tuned IoU", "gain [95%]",
+            "untouched boundary IoU", "tuned"]  # fmt: skip
+    rows = [
+        [row["set"], row["held_out_images"], row["objects"]]
+        + [f"{row['untouched_iou']:.3f}", f"{row['tuned_iou']:.3f}", interval(row["gain"])]
+        + [f"{row[f'{which}_boundary_iou']:.3f}" for which in ("untouched", "tuned")]
+        for row in result["sets"]
+    ]
+    return f"{result['settings']['steps']} steps.\n\n" + table(head, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("SAMCACHE_TEST_DATA")
@@ -98,14 +114,10 @@ def main() -> None:
             measure(name, knobs, arguments.steps, arguments.input_size, Path(scratch, str(number)))
             for number, (name, knobs) in enumerate(sets(arguments.data, Path(scratch)).items())
         ]
-    for row in found:
-        print(
-            f"| {row['set']} | {row['held_out_images']} | {row['objects']} | {row['untouched_iou']:.3f} | "
-            f"{row['tuned_iou']:.3f} | {row['gain']['mean']:+.3f} | "
-            f"{row['untouched_boundary_iou']:.3f} | {row['tuned_boundary_iou']:.3f} |"
-        )
     settings = {"steps": arguments.steps, "input_size": arguments.input_size, "prompts": "box", "model": "nano"}
-    write_results("real_sets_cpu", {"settings": settings, "sets": found, "machine": describe_machine()})
+    result = {"settings": settings, "sets": found, "machine": describe_machine()}
+    print(render(result))
+    write_results("real_sets_cpu", result)
 
 
 if __name__ == "__main__":

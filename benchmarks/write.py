@@ -1,21 +1,26 @@
 """How fast whole shards are written, what that takes of memory, and what being safe costs.
 
-    python benchmarks/write.py [--shards 4] [--shard-rows 64] [--rounds 5]
+    python benchmarks/write.py [--shards 2] [--shard-rows 64] [--rounds 7]      # about three minutes on two cores
 
 Random fp16 rows, from memory to files: our writer row by row, zarr-python and TensorStore a shard at a time into
 arrays of the very same metadata (sharded, a crc32c per row), one `.npy` per row, and one bare file per shard, which
-is what the disk allows. Each is run twice, with fsync and without: `_lazy` leaves the bytes to the page cache.
-zarr-python never calls fsync, so in the first kind its files are synced when they are whole. It compares every row
-with the fill value unless told otherwise: `zarr_python_default` does, `zarr_python` does not.
+is what the disk allows. No other library calls fsync of its own accord or by our leave: `vs_*`, how many times slower
+a contender was than our writer, compare without it, for us too. `synced_vs_*` compare what lasts: our writer as it
+is, and every contender followed by an fsync of its files. zarr-python compares every row with the fill value unless
+told otherwise: `zarr_python_default` does, `zarr_python` does not.
 
-In every round each contender writes into a new folder; what it wrote before the first one was read back and
-compared. Making folders and metadata is not counted. `vs_*` are how many times slower a contender was than our
-writer. Memory is the peak of a fresh process over what it held before; the shard that zarr-python and TensorStore
-must be handed whole is not counted.
+In every turn a contender writes twice, into a new folder each time, and the second time counts: a virtual machine's
+memory is slow when it is touched for the first time, and whose turn that would be is chance. What it wrote before the
+first round was read back and compared. Making folders and metadata is not counted. Memory is the peak of a fresh
+process over what it held before; the shard that zarr-python and TensorStore must be handed whole is not counted.
+
+`pieces` are the processor milliseconds of all that is done for a row, each by itself, and what a sha256 of it would
+add. `*_cost` are shares of the whole time: of fsync by leaving it out, of the crc32c by its piece.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import statistics
@@ -23,128 +28,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import patch
 
 import google_crc32c
 import numpy as np
-import zarr
-from measure import alternate, describe_machine, median_ratio, summarise, write_results
-from read import versions
+from measure import alternate, describe_machine, median_ratio, summarise, table, write_results
+from write_contenders import CONTENDERS, OTHERS, contender_versions
 
-from sam_cache import durable
-from sam_cache.store import EmbeddingStore, LevelSpec, StoreSpec
+from sam_cache.store import LevelSpec
 from sam_cache.store.codecs import to_stored
-from sam_cache.store.layout import level_metadata
-from sam_cache.types import ImageRecord
-
-Written = tuple[Callable[[], object], Callable[[int], np.ndarray]]  # writes all shards; reads a row back
-
-
-def ours(shards: list[np.ndarray], folder: Path, sync: bool) -> Written:
-    shard_rows, *shape = shards[0].shape
-    records = [ImageRecord(row, f"{row}.jpg", 1024, 1024) for row in range(len(shards) * shard_rows)]
-    spec = StoreSpec("none", "00" * 32, {"neck": LevelSpec(*shape, "fp16")}, "fp32", {}, shard_rows)
-    objects = {"row": np.zeros(0, np.int64)}
-    store = EmbeddingStore.create_or_resume(folder / "store", spec, records, lambda _: objects, b"none", {}, {})
-
-    def write() -> None:
-        # No option of the store: it exists to tell what the disk makes it wait for.
-        with nullcontext() if sync else patch("os.fsync", lambda descriptor: None):
-            for shard, values in zip(store.uncommitted(), shards, strict=True):
-                with store.writing(shard) as writer:
-                    for row, value in zip(shard.rows, values, strict=True):
-                        writer.append(row, {"neck": value}, content="00" * 32)
-
-    def read(row: int) -> np.ndarray:
-        reader = EmbeddingStore.open(store.path).reader()
-        out = reader.empty(1)
-        reader.read([row], out)
-        return out["neck"][0].numpy()
-
-    return write, read
-
-
-def describe_array(shards: list[np.ndarray], folder: Path) -> tuple[Path, list[slice]]:
-    """An array on disk without rows, described as our store describes it, and where each shard goes."""
-    shard_rows, *shape = shards[0].shape
-    metadata = level_metadata(LevelSpec(*shape, "fp16"), len(shards) * shard_rows, shard_rows)
-    (folder / "zarr.json").write_bytes(metadata)
-    return folder, [slice(first * shard_rows, (first + 1) * shard_rows) for first in range(len(shards))]
-
-
-def zarr_python(shards: list[np.ndarray], folder: Path, sync: bool, write_empty_chunks: bool = True) -> Written:
-    path, places = describe_array(shards, folder)
-    with zarr.config.set({"array.write_empty_chunks": write_empty_chunks}):
-        array = zarr.open_array(path, mode="r+")
-
-    def write() -> None:
-        for place, values in zip(places, shards, strict=True):
-            array[place] = values
-        if sync:
-            durable.fsync_tree(path)
-
-    return write, array.__getitem__
-
-
-def zarr_python_default(shards: list[np.ndarray], folder: Path, sync: bool) -> Written:
-    return zarr_python(shards, folder, sync, write_empty_chunks=False)
-
-
-def tensorstore(shards: list[np.ndarray], folder: Path, sync: bool) -> Written:
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else its RPC library writes to stderr
-    import tensorstore
-
-    path, places = describe_array(shards, folder)
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "context": {"file_io_sync": sync},
-    }
-    array = tensorstore.open(spec, open=True, read=True, write=True).result()
-
-    def write() -> None:
-        for place, values in zip(places, shards, strict=True):
-            array[place].write(values, can_reference_source_data_indefinitely=True).result()
-
-    return write, lambda row: array[row].read().result()
-
-
-def npy(shards: list[np.ndarray], folder: Path, sync: bool) -> Written:
-    def write() -> None:
-        for number, values in enumerate(shards):
-            for row, value in enumerate(values, start=number * len(values)):
-                with open(folder / f"{row}.npy", "wb") as file:
-                    np.save(file, value)
-                    file.flush()
-                    if sync:
-                        os.fsync(file.fileno())
-
-    return write, lambda row: np.load(folder / f"{row}.npy")
-
-
-def bare(shards: list[np.ndarray], folder: Path, sync: bool) -> Written:
-    """The bytes of a shard into one file, and nothing else."""
-
-    def write() -> None:
-        for number, values in enumerate(shards):
-            with open(folder / str(number), "wb", buffering=0) as file:
-                for value in values:
-                    file.write(value)
-                if sync:
-                    os.fsync(file.fileno())
-
-    def read(row: int) -> np.ndarray:
-        number, place = divmod(row, len(shards[0]))
-        return np.fromfile(folder / str(number), np.float16).reshape(shards[0].shape)[place]
-
-    return write, read
-
-
-CONTENDERS = {each.__name__: each for each in (ours, zarr_python, zarr_python_default, tensorstore, npy, bare)}
+from sam_cache.store.layout import CHECKSUM_BYTES, Extent
 
 
 def check(contender: Callable, shards: list[np.ndarray], folder: Path, sync: bool) -> None:
@@ -157,14 +52,13 @@ def check(contender: Callable, shards: list[np.ndarray], folder: Path, sync: boo
 
 
 def write_anew(contender: Callable, shards: list[np.ndarray], root: Path, sync: bool, notes: list[float]) -> None:
-    """Note the seconds of the writing alone, on a disk that owes nothing to those before."""
-    with tempfile.TemporaryDirectory(dir=root) as folder:
-        write, _ = contender(shards, Path(folder), sync)
-        # A virtual machine's memory is slow when it is touched for the first time, and whose turn that is is chance.
-        bare(shards, Path(folder).parent, sync=False)[0]()
-        for number in range(len(shards)):
-            Path(root, str(number)).unlink()
+    """Note the seconds of the writing alone, the second time, on a disk that owes nothing to those before."""
+    with tempfile.TemporaryDirectory(dir=root) as first, tempfile.TemporaryDirectory(dir=root) as then:
+        contender(shards, Path(first), sync)[0]()
+        write, _ = contender(shards, Path(then), sync)
         os.sync()
+        shutil.rmtree(first)  # only now: a hypervisor takes free memory back within seconds
+        Path(first).mkdir()
         started = time.perf_counter()
         write()
         notes.append(time.perf_counter() - started)
@@ -184,34 +78,183 @@ def extra_memory(name: str, shape: tuple[int, ...], shards: int, root: Path) -> 
         return (status_kib("VmHWM") - before) / 1024
 
 
+def extra_memory_of_its_own(*arguments: object) -> float:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(extra_memory, *arguments).result()
+
+
 def status_kib(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def cost_per_row(shards: list[np.ndarray], rounds: int) -> dict[str, float]:
-    """Milliseconds that each safety takes by itself for one row; fsync is measured on whole shards, see `main`."""
-    rows = [row for values in shards for row in values]
+def time_pieces(rows: list[np.ndarray], root: Path, rounds: int) -> dict[str, float]:
+    """Processor milliseconds of a row for everything that is done to it, each by itself, median of rounds."""
     level = LevelSpec(*rows[0].shape, "fp16")
-    works = {
-        "crc32c": lambda row: google_crc32c.value(row.reshape(-1).view(np.uint8)),
-        "sha256": lambda row: hashlib.sha256(row).digest(),
-        "finite": lambda row: to_stored(row, "neck", level),
+    exact = [row.astype(np.float32) for row in rows]
+    end = Extent(0, rows[0].nbytes + CHECKSUM_BYTES, 0).end
+    journal = json.dumps({"row": 0, "content": "00" * 32, "levels": {"neck": [0, 0, 0]}}).encode()
+
+    def from_fp32() -> None:
+        for row in exact:
+            to_stored(row, "neck", level)
+
+    def check_finite() -> None:
+        for row in rows:
+            to_stored(row, "neck", level)
+
+    def checksum() -> None:
+        for row in rows:
+            google_crc32c.value(row.reshape(-1).view(np.uint8))
+
+    def write(reserve: bool) -> None:
+        path = root / "pieces"
+        path.unlink(missing_ok=True)
+        with open(path, "wb", buffering=0) as file:
+            if reserve:
+                os.posix_fallocate(file.fileno(), 0, end * len(rows))
+            for number, row in enumerate(rows):
+                os.pwrite(file.fileno(), memoryview(row).cast("B"), number * end)
+                os.pwrite(file.fileno(), bytes(end - row.nbytes), number * end + row.nbytes)
+
+    def digest() -> None:
+        for row in rows:
+            hashlib.sha256(row)
+
+    def note() -> None:
+        with open(root / "journal", "wb", buffering=0) as file:
+            for _ in rows:
+                file.write(journal)
+
+    pieces = {
+        "rounding fp32 to fp16 and the check for finite values": from_fp32,
+        "the check alone, of fp16 values": check_finite,
+        "crc32c": checksum,
+        "writing without room taken in advance": partial(write, False),
+        "writing": partial(write, True),
+        "the journal's line": note,
+        "not done: sha256": digest,
     }
-    seconds = alternate({name: partial(each_of, work, rows) for name, work in works.items()}, rounds)
+    seconds: dict[str, list[float]] = {name: [] for name in pieces}
+    for number in range(rounds + 1):
+        for name, work in pieces.items():
+            started = time.thread_time()
+            work()
+            if number:
+                seconds[name].append(time.thread_time() - started)
     return {name: statistics.median(times) / len(rows) * 1e3 for name, times in seconds.items()}
 
 
-def each_of(work: Callable, rows: list[np.ndarray]) -> None:
-    for row in rows:
-        work(row)
+def measure(shards: list[np.ndarray], rounds: int, root: Path, memory_of: Callable[..., float]) -> dict:
+    """All figures but the settings and the machine. `memory_of` takes what `extra_memory` does."""
+    runs, missing = {}, {}
+    for name, contender in CONTENDERS.items():
+        for suffix, sync in ("", False), ("_synced", True):
+            folder = root / "check"
+            folder.mkdir()
+            try:
+                check(contender, shards, folder, sync)
+                runs[name + suffix] = contender, sync
+            except ImportError as error:
+                missing[name] = f"{type(error).__name__}: {error}"
+            shutil.rmtree(folder)
+    print(f"{len(runs)} contenders, {rounds} rounds of {sum(map(len, shards))} rows", flush=True)
+    notes: dict[str, list[float]] = {name: [] for name in runs}
+    alternate(
+        {
+            name: partial(write_anew, contender, shards, root, sync, notes[name])
+            for name, (contender, sync) in runs.items()
+        },
+        rounds,
+    )
+    seconds = {name: times[1:] for name, times in notes.items()}
+    memory = {name: memory_of(name, shards[0].shape, len(shards), root) for name in CONTENDERS if name in runs}
+    pieces = time_pieces(list(shards[0]), root, rounds)
+    rows, row_bytes = sum(map(len, shards)), shards[0][0].nbytes
+    rates = {
+        name: {"rows_per_s": rows / median, "mb_per_s": rows * row_bytes / median / 1e6}
+        for name, median in ((name, statistics.median(times)) for name, times in seconds.items())
+    }
+    return {
+        "ratios": compare(seconds, memory, pieces, rows),
+        "not_measured": missing,
+        "rates": rates,
+        "pieces": pieces,
+        "extra_memory_mib": memory,
+        "seconds": summarise(seconds),
+    }
+
+
+def compare(seconds: dict[str, list[float]], memory: dict, pieces: dict, rows: int) -> dict[str, float | None]:
+    ratios: dict[str, float | None] = {}
+    for kind, suffix in ("", ""), ("synced_", "_synced"):
+        for other in (each.__name__ for each in OTHERS):
+            known = f"{other}{suffix}" in seconds
+            ratio = median_ratio(seconds, f"{other}{suffix}", f"ours{suffix}") if known else None
+            ratios[f"{kind}vs_{other}"] = ratio
+    whole = statistics.median(seconds["ours"]) / rows * 1e3
+    return ratios | {
+        "extra_memory_mib": memory["ours"],
+        "fsync_cost": 1 - 1 / median_ratio(seconds, "ours_synced", "ours"),
+        "crc32c_cost": pieces["crc32c"] / whole,
+    }
+
+
+NAMES = {
+    "ours": "**samcache**",
+    "tensorstore": "TensorStore",
+    "zarr_python": "zarr-python, told not to look for empty rows",
+    "zarr_python_default": "zarr-python",
+    "npy": "a `.npy` per row",
+    "bare": "a bare file per shard",
+}
+
+
+def render(result: dict) -> str:
+    rates, ratios, memory = result["rates"], result["ratios"], result["extra_memory_mib"]
+
+    def rate(name: str) -> str | None:
+        return f"{rates[name]['rows_per_s']:,.0f}" if name in rates else None
+
+    def times(name: str) -> str | None:
+        if name == "ours":
+            return "1"
+        return None if ratios[name := f"vs_{name}"] is None else f"{ratios[name]:.2f}x"
+
+    def synced(name: str) -> str | None:
+        found = None if name == "ours" else ratios[f"synced_vs_{name}"]
+        return times(name) if found is None else f"{found:.2f}x"
+
+    order = sorted(NAMES, key=lambda name: -rates.get(name, {"rows_per_s": 0})["rows_per_s"])
+    head = ["writer", "rows/s", "slower than ours by", "rows/s, synced", "slower by", "extra memory, MiB"]
+    rows = [
+        [NAMES[name], rate(name), times(name), rate(f"{name}_synced"), synced(name),
+         f"{memory[name]:.0f}" if name in memory else ""]
+        for name in order
+    ]  # fmt: skip
+    pieces = table(["of a row", "processor ms"], [[name, f"{ms:.2f}"] for name, ms in result["pieces"].items()])
+    targets = {"vs_tensorstore": 4, "vs_zarr_python": 5, "vs_npy": 1}
+    found = ", ".join(
+        f"{ratios[name]:.2f}x {NAMES[name.removeprefix('vs_')]} ({'met' if ratios[name] >= target else 'target'}"
+        f"{'' if ratios[name] >= target else f' {target}x'})"
+        for name, target in targets.items()
+        if ratios[name] is not None
+    )
+    return "\n\n".join(
+        [
+            table(head, rows),
+            f"Against its targets, without fsync on either side: {found}. Of our time fsync takes "
+            f"{ratios['fsync_cost']:.0%} and the crc32c {ratios['crc32c_cost']:.0%}.",
+            pieces,
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=4, help="in each round")
+    parser.add_argument("--shards", type=int, default=2, help="in each round")
     parser.add_argument("--shard-rows", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--channels", type=int, default=256, help="of 64x64 values each")
     options = parser.parse_args()
     shape = options.shard_rows, options.channels, 64, 64
@@ -220,70 +263,10 @@ def main() -> None:
         for number in range(options.shards)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        runs, missing = {}, {}
-        for name, contender in CONTENDERS.items():
-            for suffix, sync in ("", True), ("_lazy", False):
-                check_folder = Path(folder, "check")
-                check_folder.mkdir()
-                try:
-                    check(contender, shards, check_folder, sync)
-                    runs[name + suffix] = contender, sync
-                except ImportError as error:
-                    missing[name + suffix] = f"{type(error).__name__}: {error}"
-                shutil.rmtree(check_folder)
-        notes: dict[str, list[float]] = {name: [] for name in runs}
-        alternate(
-            {
-                name: partial(write_anew, contender, shards, folder, sync, notes[name])
-                for name, (contender, sync) in runs.items()
-            },
-            options.rounds,
-        )
-        costs = cost_per_row(shards, options.rounds)
-        memory = {}
-        for name in CONTENDERS:
-            if name in runs:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                    memory[name] = process.submit(extra_memory, name, shape, options.shards, folder).result()
-    report(options, {name: times[1:] for name, times in notes.items()}, costs, memory, missing)
-
-
-def report(options: argparse.Namespace, seconds: dict, costs: dict, memory: dict, missing: dict) -> None:
-    rows = options.shards * options.shard_rows
-    others = [name for name in CONTENDERS if name != "ours"]
-    ratios = {
-        f"{kind}vs_{name}": median_ratio(seconds, f"{name}{suffix}", f"ours{suffix}")
-        if f"{name}{suffix}" in seconds
-        else None
-        for kind, suffix in (("", ""), ("lazy_", "_lazy"))
-        for name in others
-    }
-    waited = [with_ - without for with_, without in zip(seconds["ours"], seconds["ours_lazy"], strict=True)]
-    costs["fsync"] = statistics.median(waited) / rows * 1e3
-    costs["whole"] = statistics.median(seconds["ours"]) / rows * 1e3
-    rates = {
-        name: {"rows_per_s": rows / median, "mb_per_s": rows * options.channels * 64 * 64 * 2 / median / 1e6}
-        for name, median in ((name, statistics.median(times)) for name, times in seconds.items())
-    }
-    for name, rate in sorted(rates.items(), key=lambda item: -item[1]["rows_per_s"]):
-        print(f"{name:26} {rate['rows_per_s']:9.0f} rows/s {rate['mb_per_s']:8.0f} MB/s")
-    for title, found in ("ratio", ratios), ("ms per row", costs), ("extra MiB", memory):
-        for name, value in found.items():
-            print(f"{title:12} {name:30} {'not measured' if value is None else f'{value:.3f}'}")
-    write_results(
-        "write_cpu",
-        {
-            "ratios": ratios,
-            "not_measured": missing,
-            "rates": rates,
-            "milliseconds_per_row": costs,
-            "extra_memory_mib": memory,
-            "seconds": summarise(seconds),
-            "settings": vars(options),
-            "contenders": versions(),
-            "machine": describe_machine(),
-        },
-    )
+        result = measure(shards, options.rounds, Path(folder), extra_memory_of_its_own)
+    result |= {"settings": vars(options), "contenders": contender_versions(), "machine": describe_machine()}
+    print(render(result))
+    write_results("write_cpu", result)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,14 @@ def test_the_command_line_imports_no_torch():
     assert not {"torch", "zarr", "cv2"} & imported_by("import sam_cache.cli")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["train-top", "--help"]])
+def test_help_imports_neither_torch_nor_any_library_of_the_stages(arguments):
+    quietly = "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None): cli.main"
+    modules = imported_by(f"import contextlib\nfrom sam_cache import cli\n{quietly}({arguments})")
+    assert "sam_cache.cli" in modules
+    assert not {"torch", "zarr", "cv2", "numpy", "msgspec", "rich"} & modules
+
+
 def test_an_import_of_torch_would_be_seen():
     assert "torch" in imported_by("import sam_cache.cli, torch")
 

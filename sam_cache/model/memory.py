@@ -61,11 +61,10 @@ def first_trained_block(sam: Sam) -> int | None:
 def count_decoder(sam: Sam, prompts: int, width: int) -> int:
     """Bytes the decoder and the loss keep for their backward.
 
-    Of a prompt: about four copies of its image tokens in each layer, the upscaled map at twice and at
-    four times the grid before and after its activation, and eight maps of the masks in fp32.
+    Of a prompt: about three copies of its image tokens in each layer, these once more with the first
+    upscaling, and eight maps of the masks in fp32; what comes between those is made again. A loss that looks
+    at few cells keeps less.
     """
     size = sam.size
-    tokens = size.grid**2
-    layers = 4 * size.decoder_depth * tokens * size.neck_channels * width
-    upscaling = 2 * width * (4 * tokens * size.neck_channels // 4 + 16 * tokens * size.neck_channels // 8)
-    return prompts * (layers + upscaling + 8 * 4 * size.mask_size**2)
+    copies = 3 * size.decoder_depth + 1
+    return prompts * (copies * size.grid**2 * size.neck_channels * width + 8 * 4 * size.mask_size**2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sam_cache.errors import CheckpointError
 from sam_cache.model.checkpoints import State, load_state, own_fp32
-from sam_cache.model.decoder import Masks, decode, share_images
+from sam_cache.model.decoder import Masks, decode, own_images, share_images
 from sam_cache.model.hq import HqOutput, decode_hq, find_detail
 from sam_cache.model.parts import HQ_HEAD, build_mask_decoder, build_prompt_encoder, is_of_hq_head
 from sam_cache.model.sizes import ModelSize, size_of
@@ -67,22 +67,29 @@ class Top(nn.Module):
         if self.hq is None:
             return {"neck": levels["neck"]}
         dtype = self.mask_decoder.iou_token.weight.dtype
-        neck, early = levels["neck"].to(dtype), levels["early"].to(dtype)
+        # In one order in memory, so that convolutions round alike for levels cached and live.
+        neck, early = (levels[name].to(dtype).contiguous() for name in ("neck", "early"))
         return {"neck": neck, "detail": find_detail(self.mask_decoder, neck, early)}
 
-    def forward(self, images: Prepared, prompts: Prompts, multimask: bool) -> Masks:
+    def forward(
+        self, images: Prepared, prompts: Prompts, multimask: bool, cells: Int[Tensor, "P S"] | None = None
+    ) -> Masks:
         """Masks (P, 3, h, w) if `multimask`, else (P, 1, h, w), in the order of `prompts`; of the HQ head always one.
 
         `images` are as `encode` gives them; `images["neck"]` holds I of them in any floating dtype.
         `prompts.image_index` names them in any order and number; points and boxes are in the input frame.
         A mask prompt makes the image another one for its prompt alone, so that nothing is shared between
         such prompts.
+
+        With `cells` of the maps, y * w + x, only the logits of each prompt's own S cells: (P, M, S). Without
+        the HQ head no map is made then; the head's 3x3 convolutions need their neighbours, so its maps are
+        made all the same, and read at the cells.
         """
         neck = images["neck"].to(self.mask_decoder.iou_token.weight.dtype)
         if len(prompts) == 0:
             count = 3 if multimask and self.hq is None else 1
-            masks = neck.new_zeros(0, count, self.size.mask_size, self.size.mask_size)
-            return Masks(masks, masks[..., 0, 0])
+            shape = (self.size.mask_size, self.size.mask_size) if cells is None else cells.shape[1:]
+            return Masks(neck.new_zeros(0, count, *shape), neck.new_zeros(0, count))
         # Positions are sines of coordinates times frequencies: half precision would ruin them.
         with torch.autocast(neck.device.type, enabled=False):
             position = self.prompt_encoder.get_dense_pe()[0].to(neck.dtype)
@@ -92,17 +99,16 @@ class Top(nn.Module):
             shared = share_images(self.mask_decoder, neck, self.prompt_encoder.no_mask_embed.weight, position)
         outputs = []
         for group, sparse in groups:
-            index = group.prompts.image_index
-            asked = shared, index
+            index, asked = group.prompts.image_index, shared
             if group.masked:
-                dense = self.prompt_encoder.mask_downscaling(group.prompts.masks.unsqueeze(1).to(neck.dtype))
-                own = share_images(self.mask_decoder, neck[index], dense.flatten(2).mT, position)
-                asked = own, torch.arange(len(index), device=index.device)
+                masks = group.prompts.masks.to(neck.dtype)
+                asked = own_images(self.prompt_encoder.mask_downscaling, neck, index, masks, position)
+            places = None if cells is None else cells[group.place]
             if self.hq is None:
-                outputs.append(decode(self.mask_decoder, *asked, sparse, multimask))
+                outputs.append(decode(self.mask_decoder, asked, index, sparse, multimask, places))
             else:
                 detail = images["detail"][index]
-                outputs.append(decode_hq(self.mask_decoder, *asked, sparse, multimask, detail, self.hq))
+                outputs.append(decode_hq(self.mask_decoder, asked, index, sparse, multimask, detail, self.hq, places))
         if len(outputs) == 1:
             return outputs[0]
         order = torch.cat([group.place for group, _ in groups]).argsort()

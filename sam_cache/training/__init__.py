@@ -2,7 +2,7 @@
 
 from sam_cache.training.checkpoint import Progress, load, load_trained, trained_parameters
 from sam_cache.training.fit import Batches, Pace, fit
-from sam_cache.training.losses import LOSSES, POINTS, LossWeights, SamLosses, part_names, sam_loss
+from sam_cache.training.losses import LOSSES, POINTS, LossWeights, SamLosses, loss_cells, part_names, sam_loss
 from sam_cache.training.precision import make_accelerator
 from sam_cache.training.ranks import agree, gather, join_ranks, same_parameters
 from sam_cache.training.run_folder import RunFolder
@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "load_trained",
     "log_images",
+    "loss_cells",
     "make_accelerator",
     "part_names",
     "sam_loss",

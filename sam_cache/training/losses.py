@@ -18,10 +18,12 @@ from sam_cache.training.mask_losses import (
     balanced_bce_loss,
     bce_loss,
     dice_loss,
+    draw_cells,
     focal_and_dice,
     iou_of,
-    point_set,
     read_at_points,
+    read_cells,
+    sampled_iou_of,
     soft_iou_loss,
     uncertain_point_set,
 )
@@ -70,7 +72,7 @@ class SamLosses:
 
     `mask` and `overlap` are the two parts that `part_names` names; they belong to the mask `chosen`
     (an index into the M predicted masks). `iou` is the squared error of the IoU head, averaged over
-    all M.
+    all M; a mask whose IoU is not known, because only some cells were looked at, counts as 0 in it.
     """
 
     total: Float[Tensor, "P"]
@@ -80,8 +82,13 @@ class SamLosses:
     chosen: Int[Tensor, "P"]
 
 
+def loss_cells(chance: Float[Tensor, "P 2"], points: int | None, side: int) -> Int[Tensor, "P S"]:
+    """The cells y * side + x of maps of side x side that the loss `points` looks at, by each prompt's own `chance`."""
+    return draw_cells(at_least_fp32(chance), POINTS["points"] if points is None else points, side, side)
+
+
 def sam_loss(
-    logits: Float[Tensor, "P M h w"],
+    logits: Float[Tensor, "P M *cells"],
     scores: Float[Tensor, "P M"],
     targets: Float[Tensor, "P h w"],
     valid: Float[Tensor, "V h w"],
@@ -90,6 +97,7 @@ def sam_loss(
     kind: str = "focal-dice",
     chance: Float[Tensor, "P 2"] | None = None,
     points: int | None = None,
+    cells: Int[Tensor, "P S"] | None = None,
 ) -> SamLosses:
     """A mask loss of the given kind plus the squared error of the IoU head.
 
@@ -98,8 +106,8 @@ def sam_loss(
         balanced-bce-iou  the same with the balanced cross entropy of SAM-Adapter's `bbce`, which
                           that code uses alone: overlap weight 0 is its recipe, but learns nothing
                           from an empty target
-        points            cross entropy and Dice on 1,024 points of the map, spread evenly, so that
-                          small objects meet few of them
+        points            cross entropy and Dice on 1,024 cells of the map, spread evenly, so that
+                          small objects meet few of them; no other cell has to be decoded
         uncertain-points  the same on 12,544 points, of which 75% seek out where the mask is unsure:
                           HQ-SAM's (Ke et al. 2023), after PointRend (Kirillov et al. 2020). There a
                           point's target is read from the label at the input's resolution, here from
@@ -108,22 +116,34 @@ def sam_loss(
     Of M > 1 masks only the one with the lowest weighted mask + overlap is back-propagated
     (Kirillov et al. 2023, section 3 "Resolving ambiguity"). The IoU head however is supervised on
     all M, as SAM 2 does (facebookresearch/sam2, `supervise_all_iou`): at inference it has to
-    rank masks, so it must have seen the bad ones too.
+    rank masks, so it must have seen the bad ones too. With `points` all of this is judged by the same
+    cells: the IoU is `sampled_iou_of` them, and a mask of which they do not meet the union with its
+    target counts for nothing in the IoU loss. That estimate scatters about the IoU, so the squared error
+    stays above 0 by its variance; its gradient still leads to the right score, on average.
 
     `scores` are the IoU head's predictions. `valid` has one map per prompt, or one per image when
     `image_index` says which image each prompt belongs to. `chance`, two numbers in [0, 1) per
     prompt, shifts the points of the last two kinds (None: not at all), and `points` is how many they
-    read of each mask (None: as above); neither means anything to the other kinds. Half-precision
-    input is computed in fp32. Raises UsageError for an unknown kind.
+    read of each mask (None: as above); neither means anything to the other kinds. Logits are maps
+    (P, M, h, w), or for the kind `points` (P, M, S) at the `cells` that they are given with, those of
+    `loss_cells`. Half-precision input is computed in fp32. Raises UsageError for an unknown kind.
     """
     part_names(kind)
     points = POINTS.get(kind, 0) if points is None else points
     logits, scores, targets, valid = map(at_least_fp32, (logits, scores, targets, valid))
-    if image_index is not None:
-        valid = valid[image_index]
     chance = logits.new_zeros(len(logits), 2) if chance is None else at_least_fp32(chance)
-
-    squared_error = (scores - iou_of(logits, targets, valid)).square().mean(dim=1)
+    if kind == "points":
+        if cells is None:
+            cells = draw_cells(chance, points, *targets.shape[1:])
+            logits = logits.flatten(2).take_along_dim(cells.unsqueeze(1), dim=2)
+        places = torch.arange(len(logits), device=logits.device) if image_index is None else image_index
+        targets, valid = read_cells(targets, valid, places, cells)
+        logits = logits.unsqueeze(3)
+        iou, known = sampled_iou_of(logits, targets, valid)
+        squared_error = ((scores - iou).square() * known).mean(dim=1)
+    else:
+        valid = valid if image_index is None else valid[image_index]
+        squared_error = (scores - iou_of(logits, targets, valid)).square().mean(dim=1)
 
     # Selecting first and computing again keeps the graph, and so the memory, to one mask per prompt.
     chosen = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
@@ -150,8 +170,7 @@ def _mask_and_overlap(
         case "balanced-bce-iou":
             return balanced_bce_loss(*cells), soft_iou_loss(*cells)
         case "points":
-            at_points = read_at_points(*cells, point_set(chance, points))
-            return bce_loss(*at_points), dice_loss(*at_points)
+            return bce_loss(*cells), dice_loss(*cells)
     mask_parts, overlap_parts = [], []
     for mask in logits.split(1, dim=1):  # each mask is unsure elsewhere, so each has points of its own
         at_points = read_at_points(mask, targets, valid, uncertain_point_set(mask.squeeze(1), valid, chance, points))

@@ -4,16 +4,18 @@ Every loss is (P, M), per prompt and predicted mask, from logits (P, M, h, w), t
 valid (P, h, w). Targets are soft: the share of a cell's area that the object covers. Padding is left
 out by `valid`, the share of a cell that lies on the image. Nothing depends on the other prompts of a
 batch, so that a loss is the same however prompts are batched. Half precision is computed in fp32.
+
+Cells that are sampled from a map are a map themselves, (P, M, S, 1), to every loss here.
 """
 
 from functools import lru_cache, partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, grid_sample, logsigmoid
 
-# Points per mask of the losses that read points: 32 x 32, one for every 64 cells of SAM's 256 x 256, and HQ-SAM's
+# Points per mask of the losses that read points: 32 x 32, which is one cell in 64 of SAM's 256 x 256, and HQ-SAM's
 # 112 x 112.
 POINTS = {"points": 1024, "uncertain-points": 112 * 112}
 
@@ -120,14 +122,29 @@ def iou_of(
     An empty mask for an empty target scores 1. For an object that is merely too thin to fill half
     of any cell it scores 0: the IoU head must not learn that predicting nothing is perfect.
     """
-    inside = (valid >= 0.5).unsqueeze(1)
-    predicted = (logits > 0) & inside
-    wanted = (targets >= 0.5).unsqueeze(1) & inside
-    intersection = (predicted & wanted).sum(dim=(2, 3))
-    union = (predicted | wanted).sum(dim=(2, 3))
+    intersection, union = _overlap(logits, targets, valid)
     nothing_there = ((targets * valid).amax(dim=(1, 2)) == 0).unsqueeze(1)
     iou = intersection / union.clamp(min=1)
     return torch.where((union == 0) & nothing_there, 1.0, iou).to(logits.dtype)
+
+
+@torch.no_grad()
+def sampled_iou_of(
+    logits: Float[Tensor, "P M S 1"],
+    targets: Float[Tensor, "P S 1"],
+    valid: Float[Tensor, "P S 1"],
+) -> tuple[Float[Tensor, "P M"], Bool[Tensor, "P M"]]:
+    """An estimate of `iou_of` from S sampled cells, and where there is one.
+
+    It is the share of the sampled cells in the union that lie in the intersection; there is none where no
+    sampled cell lies in the union. For cells drawn uniformly and independently it is unbiased, given that
+    there is one: each cell of the union that is met lies in the intersection with probability IoU. The cells
+    of `draw_cells` shun one another. That halves the scatter and more where they meet the union often, but
+    correlates the two counts: of shifted discs whose union is met twice on average the IoU came out .07 too
+    high, of those met 7 times .02, of those met 27 times .001.
+    """
+    intersection, union = _overlap(logits, targets, valid)
+    return (intersection / union.clamp(min=1)).to(logits.dtype), union > 0
 
 
 def point_set(chance: Float[Tensor, "P 2"], count: int) -> Float[Tensor, "P N 2"]:
@@ -139,6 +156,23 @@ def point_set(chance: Float[Tensor, "P 2"], count: int) -> Float[Tensor, "P N 2"
     Patterson rotation): the points differ from step to step, and still belong to the prompt alone.
     """
     return (_r2_sequence(count, chance.dtype, chance.device) + chance.unsqueeze(1)) % 1
+
+
+def draw_cells(chance: Float[Tensor, "P 2"], count: int, height: int, width: int) -> Int[Tensor, "P S"]:
+    """The cells of a map, y * width + x, in which the points of a `point_set` fall; two may fall in one."""
+    x, y = point_set(chance, count).unbind(2)
+    return (y * height).long().clamp(max=height - 1) * width + (x * width).long().clamp(max=width - 1)
+
+
+def read_cells(
+    targets: Float[Tensor, "P h w"],
+    valid: Float[Tensor, "V h w"],
+    image_index: Int[Tensor, "P"],
+    cells: Int[Tensor, "P S"],
+) -> tuple[Float[Tensor, "P S 1"], Float[Tensor, "P S 1"]]:
+    """Targets and valid at each prompt's own cells, as maps that every loss here takes."""
+    found = targets.flatten(1).gather(1, cells), valid.flatten(1)[image_index.unsqueeze(1), cells]
+    return found[0].unsqueeze(2), found[1].unsqueeze(2)
 
 
 @torch.no_grad()
@@ -209,6 +243,14 @@ def _focal(
     cross_entropy = binary_cross_entropy_with_logits(logits, targets, reduction="none")
     miss = torch.lerp(probabilities, 1 - probabilities, targets)  # 1 - p_t
     return (cell_weight * cross_entropy * miss**gamma).sum(dim=(2, 3)) / valid.sum(dim=(1, 2)).unsqueeze(1)
+
+
+def _overlap(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Cells in the intersection and in the union of the hard masks with the targets, (P, M)."""
+    inside = (valid >= 0.5).unsqueeze(1)
+    predicted = (logits > 0) & inside
+    wanted = (targets >= 0.5).unsqueeze(1) & inside
+    return (predicted & wanted).sum(dim=(2, 3)), (predicted | wanted).sum(dim=(2, 3))
 
 
 def _dice(probabilities: Tensor, targets: Tensor, valid: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ import torch
 from segment_anything.modeling.mask_decoder import MaskDecoder
 from torch import nn
 
-from sam_cache.model import SIZES, freeze, load_top, top_from_bytes, top_to_bytes
-from sam_cache.model import decoder as decoder_module
-from sam_cache.model.decoder import _transpose_tokens
+from sam_cache.model import SIZES, decoder, freeze, image_attention, load_top, top_from_bytes, top_to_bytes
+from sam_cache.model.image_attention import _Scores
+from sam_cache.model.upscaling import _transpose_tokens, lay_out, read_maps, upscale
 
 SIZE = SIZES["tiny"]
 # Images in arbitrary order, one without prompts (1) and one with many (2); points, boxes, both and
@@ -130,7 +130,7 @@ def test_full_size_decoder_equals_upstream(redraw, make_prompts, decode_one_by_o
 def test_absorbed_equals_plain_attention(tiny_top, neck, prompts, monkeypatch, relative):
     results = []
     for absorbs in (True, False):
-        monkeypatch.setattr(decoder_module, "_absorbs", lambda tokens, projection, answer=absorbs: answer)
+        monkeypatch.setattr(image_attention, "_absorbs", lambda tokens, projection, answer=absorbs: answer)
         results.append(tiny_top({"neck": neck}, prompts, True))
     assert relative(results[0].logits, results[1].logits) < 1e-5
     assert relative(results[0].scores, results[1].scores) < 1e-5
@@ -138,8 +138,8 @@ def test_absorbed_equals_plain_attention(tiny_top, neck, prompts, monkeypatch, r
 
 def test_prompts_of_the_test_take_both_attentions(tiny_top, neck, prompts, monkeypatch):
     answers = set()
-    decide = decoder_module._absorbs
-    monkeypatch.setattr(decoder_module, "_absorbs", lambda *a: answers.add(decide(*a)) or decide(*a))
+    decide = image_attention._absorbs
+    monkeypatch.setattr(image_attention, "_absorbs", lambda *a: answers.add(decide(*a)) or decide(*a))
     tiny_top({"neck": neck}, prompts, False)
     assert answers == {True, False}
 
@@ -166,6 +166,111 @@ def test_autocast_stays_near_fp32(tiny_top, neck, prompts, dtype, bound, relativ
     weighted_sum(*found).backward()
     assert relative(found.logits.float(), expected.logits) < bound
     assert tiny_top.prompt_encoder.point_embeddings[1].weight.grad.isfinite().all()
+
+
+def draw_cells(prompts=len(SPECS), count=40, seed=5):
+    """Some cells of each prompt twice, and one prompt's all in one token."""
+    cells = torch.randint(0, SIZE.mask_size**2, (prompts, count), generator=torch.Generator().manual_seed(seed))
+    cells[:, -3:] = cells[:, :1]
+    cells[0] = torch.arange(count) % 4 + SIZE.mask_size * (torch.arange(count) // 4 % 4)
+    return cells
+
+
+def within_1e_6(found, expected):
+    """Of the largest logit."""
+    return bool((found - expected).abs().max() < 1e-6 * expected.abs().max())
+
+
+def at_cells(masks, cells):
+    return masks._replace(logits=masks.logits.flatten(2).take_along_dim(cells.unsqueeze(1), dim=2))
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("multimask", [False, True])
+def test_cells_are_those_of_the_map(tiny_top, neck, prompts, multimask, with_masks):
+    if with_masks:
+        some = torch.arange(len(SPECS)) % 2 == 0
+        prompts = replace(prompts, masks=3 * torch.randn(len(SPECS), SIZE.mask_size, SIZE.mask_size), has_mask=some)
+    neck.requires_grad_()
+    cells = draw_cells()
+    expected = at_cells(tiny_top({"neck": neck}, prompts, multimask), cells)
+    found = tiny_top({"neck": neck}, prompts, multimask, cells)
+    assert found.logits.shape == (len(SPECS), 3 if multimask else 1, cells.shape[1])
+    assert within_1e_6(found.logits, expected.logits)
+    assert torch.equal(found.scores, expected.scores)
+    grads = gradients(tiny_top, neck, *found), gradients(tiny_top, neck, *expected)
+    keys = {key for key, grad in grads[1].items() if grad is None}
+    assert keys == {key for key, grad in grads[0].items() if grad is None}
+    largest = max(grad.norm() for grad in grads[1].values() if grad is not None)
+    for key in grads[1].keys() - keys:
+        assert (grads[0][key] - grads[1][key]).norm() <= 1e-5 * max(grads[1][key].norm(), 1e-3 * largest), key
+
+
+def test_all_cells_are_the_map(tiny_top, neck, prompts):
+    every = torch.arange(SIZE.mask_size**2).expand(len(SPECS), -1)
+    found = tiny_top({"neck": neck}, prompts, True, every).logits
+    assert within_1e_6(found.unflatten(2, (SIZE.mask_size, -1)), tiny_top({"neck": neck}, prompts, True).logits)
+
+
+def test_cells_of_the_full_size_decoder(redraw, make_prompts):
+    top = load_top("nano")
+    size = top.size
+    redraw(top, seed=4)
+    neck = torch.randn(2, size.neck_channels, size.grid, size.grid).requires_grad_()
+    prompts = make_prompts([(1, 1, False), (0, 2, True)], size.input_size)
+    cells = torch.randint(0, size.mask_size**2, (2, 1024))
+    expected, found = at_cells(top({"neck": neck}, prompts, True), cells), top({"neck": neck}, prompts, True, cells)
+    assert within_1e_6(found.logits, expected.logits)
+    grads = gradients(top, neck, *found), gradients(top, neck, *expected)
+    assert_same_gradients(*grads, bound=1e-5, floor=3e-4)
+
+
+def test_no_map_is_made_for_cells(tiny_top, neck, prompts, monkeypatch):
+    monkeypatch.delattr(decoder, "read_maps")
+    tiny_top({"neck": neck}, prompts, True, draw_cells())
+    with pytest.raises(NameError):
+        tiny_top({"neck": neck}, prompts, True)
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+def test_no_prompts_have_no_cells(tiny_top, neck, make_prompts, multimask):
+    masks = tiny_top({"neck": neck}, make_prompts([], SIZE.input_size), multimask, torch.zeros(0, 7, dtype=torch.long))
+    assert masks.logits.shape == (0, 3 if multimask else 1, 7)
+    assert masks.scores.shape == masks.logits.shape[:2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cells_under_autocast(tiny_top, neck, prompts, dtype, relative):
+    cells = draw_cells()
+    with torch.autocast("cpu", dtype=dtype):
+        expected = at_cells(tiny_top({"neck": neck.to(dtype)}, prompts, True), cells)
+        found = tiny_top({"neck": neck.to(dtype)}, prompts, True, cells)
+    assert found.logits.dtype == expected.logits.dtype == dtype
+    assert relative(found.logits.float(), expected.logits.float()) < 8 * torch.finfo(dtype).eps
+    weighted_sum(*found).backward()
+    assert tiny_top.mask_decoder.output_upscaling[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_maps_that_are_made_again_are_those_that_are_kept(tiny_top, count):
+    """The same numbers and gradients as from plain operations that keep all they need."""
+    upscaling = tiny_top.mask_decoder.output_upscaling.double()
+    image = torch.randn(4, SIZE.grid**2, SIZE.neck_channels, dtype=torch.float64, requires_grad=True)
+    hypers = torch.randn(4, count, SIZE.neck_channels // 8, dtype=torch.float64, requires_grad=True)
+    kept = lay_out(upscale(upscaling, image) @ hypers.mT)
+    again = read_maps(upscaling, image, hypers)
+    torch.testing.assert_close(again, kept, rtol=1e-12, atol=1e-14)
+    inputs, weight = (image, hypers, *upscaling.parameters()), torch.randn_like(kept)
+    grads = [torch.autograd.grad((maps * weight).sum(), inputs) for maps in (again, kept)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+def test_scores_have_the_gradients_of_plain_operations():
+    added, tokens, image = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 7), (2, 5, 3), (2, 7, 3)))
+    inputs = [tensor.requires_grad_() for tensor in (added, tokens, image)]
+    torch.testing.assert_close(_Scores.apply(*inputs), added + tokens @ image.mT)
+    assert torch.autograd.gradcheck(_Scores.apply, inputs)
+    assert torch.autograd.grad(_Scores.apply(*inputs).sum(), image)[0].is_contiguous()
 
 
 def test_transposed_convolution_of_tokens():

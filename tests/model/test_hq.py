@@ -124,6 +124,16 @@ def test_mask_prompts_and_others_in_one_batch_equal_upstream(top, levels, prompt
 
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("mode", ["hq", "sum"])
+def test_cells_are_those_of_the_map(top, levels, prompts, mode, multimask):
+    top.hq = mode
+    cells = torch.randint(0, SIZE.mask_size**2, (len(SPECS), 20))
+    expected, found = (top(top.prepare(levels), prompts, multimask, at) for at in (None, cells))
+    assert torch.equal(found.logits, expected.logits.flatten(2).take_along_dim(cells[:, None], dim=2))
+    assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("mode", ["hq", "sum"])
 def test_no_prompts(top, levels, make_prompts, mode, multimask):
     top.hq = mode
     found = top(top.prepare(levels), make_prompts([], SIZE.input_size), multimask)

@@ -24,8 +24,8 @@ class OneMask(nn.Module):
         self.top = load_top("tiny")
         self.size = self.top.size
 
-    def forward(self, levels, prompts, multimask) -> Masks:
-        return self.top(levels, prompts, False)
+    def forward(self, levels, prompts, multimask, cells=None) -> Masks:
+        return self.top(levels, prompts, False, cells)
 
 
 def make_batch() -> Batch:
@@ -60,7 +60,7 @@ def test_prompts_are_answered_in_their_order_whatever_they_are(network):
         torch.testing.assert_close(score[0], scores[p], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["focal-dice", "uncertain-points"])
+@pytest.mark.parametrize("kind", ["focal-dice", "points", "uncertain-points"])
 @pytest.mark.parametrize("corrections", [0, 2])
 def test_losses_of_one_mask_are_the_sum_over_prompts(kind, corrections):
     network, batch = OneMask(), make_batch()
@@ -75,6 +75,52 @@ def test_losses_of_one_mask_are_the_sum_over_prompts(kind, corrections):
     for losses in whole:
         losses["loss"].backward()
     assert all(parameter.grad is not None for parameter in network.top.mask_decoder.transformer.parameters())
+
+
+class Telling(nn.Module):
+    """A network that notes how it was asked, and can be made to answer with whole maps all the same."""
+
+    def __init__(self, whole=False):
+        super().__init__()
+        self.top, self.whole, self.asked = load_top("tiny"), whole, []
+        self.size = self.top.size
+
+    def forward(self, levels, prompts, multimask, cells=None) -> Masks:
+        self.asked.append(None if cells is None else cells.shape[1])
+        if cells is None or not self.whole:
+            return self.top(levels, prompts, multimask, cells)
+        masks = self.top(levels, prompts, multimask)
+        return masks._replace(logits=masks.logits.flatten(2).take_along_dim(cells[:, None], dim=2))
+
+
+@pytest.mark.parametrize("corrections", [0, 2])
+def test_points_are_decoded_alone_and_have_the_gradients_of_whole_maps(corrections):
+    batch, found = make_batch(), []
+    for network in (Telling(), Telling(whole=True)):
+        sums = {}
+        for losses in SamObjective(LossWeights.of("points"), "points", corrections, 100)(network, batch):
+            losses["loss"].backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        found.append((sums, {name: p.grad for name, p in network.top.named_parameters() if p.grad is not None}))
+        # Points and others apart, later all with masks; only what another round is told is a whole map.
+        assert network.asked == {0: [100, 100], 2: [None, None, None, 100]}[corrections]
+    (cells, at_cells), (maps, of_maps) = found
+    torch.testing.assert_close(cells, maps, rtol=1e-5, atol=1e-6)
+    assert at_cells.keys() == of_maps.keys()
+    largest = max(grad.norm() for grad in of_maps.values())
+    for name, grad in of_maps.items():
+        assert (at_cells[name] - grad).norm() <= 1e-5 * max(grad.norm(), 1e-3 * largest), name
+
+
+def test_points_of_a_chunk_are_those_of_the_whole():
+    network, batch = load_top("tiny"), make_batch()
+    objective = SamObjective(LossWeights.of("points"), "points")
+    whole = next(objective(network, batch))
+    chunks = [next(objective(network, chunk)) for chunk in batch.chunks(2)]
+    assert len(chunks) == 3
+    for name, value in whole.items():
+        assert float(value.detach()) == pytest.approx(sum(float(chunk[name].detach()) for chunk in chunks), rel=1e-5)
 
 
 def test_points_of_a_loss_are_as_many_as_asked_for():

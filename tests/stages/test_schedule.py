@@ -38,7 +38,7 @@ def test_repeat_factors_do_not_depend_on_the_views_stored(samcache, tmp_path, vi
         assert samcache(*EMBED, "--store", name, *options) == 0
         data = CachedData.open(tmp_path / name, annotations=None, partial=False, held_out=0, seed=0)
         found = choose_repeats(config(repeat_threshold=0.9), data.categories_of(data.train), data.names(data.train))
-        identity = data.store.images.views[[data.shows.number_of[row] for row in data.train.tolist()]] == "identity"
+        identity = data.store.images.views[data.shows.entries(data.train)] == "identity"
         factors[name] = found[identity].tolist()
     assert factors["viewed"] == factors["alone"]
     assert max(factors["alone"]) > 1

@@ -10,15 +10,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits, grid_sample
 from torchvision.ops import sigmoid_focal_loss
 
 from sam_cache.errors import UsageError
-from sam_cache.training.losses import LOSSES, LossWeights, part_names, sam_loss
+from sam_cache.training.losses import LOSSES, LossWeights, loss_cells, part_names, sam_loss
 from sam_cache.training.mask_losses import (
     balanced_bce_loss,
     bce_loss,
     dice_loss,
+    draw_cells,
     focal_loss,
     iou_of,
     point_set,
     read_at_points,
+    sampled_iou_of,
     soft_iou_loss,
     uncertain_point_set,
 )
@@ -56,7 +58,7 @@ def parts_of(kind, logits, targets, valid, chance):
     """A kind's two parts for each of M masks, from the public losses."""
     cells = logits, targets, valid
     if kind == "points":
-        cells = read_at_points(*cells, point_set(chance, 1024))
+        cells = pick(*cells, chance)
     if kind == "uncertain-points":
         each = [published(mask, targets, valid, chance) for mask in logits.unbind(1)]
         return tuple(torch.stack(parts, dim=1) for parts in zip(*each, strict=True))
@@ -67,6 +69,23 @@ def parts_of(kind, logits, targets, valid, chance):
         "points": (bce_loss, dice_loss),
     }[kind]
     return first(*cells), second(*cells)
+
+
+def pick(logits, targets, valid, chance, count=1024):
+    """Cell after cell, those in which the prompt's points fall; as maps (P, M, S, 1)."""
+    height, width = targets.shape[1:]
+    found = []
+    for p, points in enumerate(point_set(chance, count)):
+        places = [(int(y * height), int(x * width)) for x, y in points.tolist()]
+        found.append([torch.stack([m[p, ..., y, x] for y, x in places], dim=-1) for m in (logits, targets, valid)])
+    return tuple(torch.stack(cells).unsqueeze(-1) for cells in zip(*found, strict=True))
+
+
+def wanted_scores(kind, logits, targets, valid, chance):
+    """The IoUs the head is to learn, and which of them are known."""
+    if kind == "points":
+        return sampled_iou_of(*pick(logits, targets, valid, chance))
+    return iou_of(logits, targets, valid), torch.tensor(True)
 
 
 def published(logits, targets, valid, chance, count=112 * 112):
@@ -187,7 +206,7 @@ def test_empty_target_pulls_the_mask_down(kind):
 @every_kind
 def test_perfect_prediction_costs_nothing(kind):
     targets = torch.stack([torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)])
-    if "points" not in kind:  # those read a mask between cells too, where an edge is never perfect
+    if kind != "uncertain-points":  # those read a mask between cells too, where an edge is never perfect
         targets[2, 2:5, 1:7] = 1
     logits, scores, valid = 200 * (targets[:, None] - 0.5), torch.ones(3, 1), torch.ones(3, 8, 8)
     assert sam_loss(logits, scores, targets, valid, kind=kind).total.tolist() == pytest.approx([0] * 3, abs=1e-5)
@@ -200,7 +219,8 @@ def test_total_is_the_weighted_sum(kind):
     weights, chance = LossWeights(mask=7.0, overlap=3.0, iou=2.0), draw_chance()
     losses = sam_loss(logits, scores, targets, valid, weights=weights, kind=kind, chance=chance)
     mask, overlap = (part[:, 0] for part in parts_of(kind, logits, targets, valid, chance))
-    error = (scores - iou_of(logits, targets, valid))[:, 0] ** 2
+    iou, known = wanted_scores(kind, logits, targets, valid, chance)
+    error = ((scores - iou) ** 2 * known)[:, 0]
     torch.testing.assert_close(losses.total, 7 * mask + 3 * overlap + 2 * error)
     torch.testing.assert_close((losses.mask, losses.overlap, losses.iou), (mask, overlap, error))
     assert not losses.chosen.any()
@@ -225,7 +245,8 @@ def test_gradient_goes_through_the_chosen_mask_only(kind):
     (expected,) = torch.autograd.grad(each.min(1).values.sum(), logits)
     torch.testing.assert_close(logits.grad, expected)
     # The IoU head hears of all three.
-    torch.testing.assert_close(scores.grad, 2 * (scores - iou_of(logits, targets, valid)).detach() / 3)
+    iou, known = wanted_scores(kind, logits, targets, valid, chance)
+    torch.testing.assert_close(scores.grad, 2 * ((scores - iou) * known).detach() / 3)
 
 
 @every_kind
@@ -318,6 +339,95 @@ def test_points_at_cell_centres_read_the_cells():
         torch.testing.assert_close(loss(*at_points), loss(logits, targets, valid), rtol=1e-5, atol=1e-6)
 
 
+def test_cells_are_those_that_the_points_fall_in():
+    chance = draw_chance()
+    cells = draw_cells(chance, 50, 8, 6)
+    assert cells.dtype == torch.long
+    places = (point_set(chance, 50) * torch.tensor([6, 8])).long()
+    assert torch.equal(cells, places[..., 1] * 6 + places[..., 0])
+    assert torch.equal(loss_cells(chance, None, 256), draw_cells(chance, 1024, 256, 256))
+    assert torch.equal(loss_cells(chance[3:4], 7, 16)[0], draw_cells(chance, 7, 16, 16)[3])
+    almost = torch.full((1, 2), 1 - 2**-24)  # rounded up, it would be a cell beyond the last
+    assert int(draw_cells(almost, 2000, 255, 255).max()) < 255 * 255
+
+
+@pytest.mark.parametrize("masks", [1, 3])
+def test_logits_at_the_cells_are_as_good_as_whole_maps(masks):
+    logits, scores, targets, valid = draw(masks=masks, height=16, width=16)
+    logits, scores = logits.requires_grad_(), scores.requires_grad_()
+    chance = draw_chance()
+    cells = loss_cells(chance, 60, 16)
+    found = []
+    for read, places in ((logits, None), (logits.flatten(2).take_along_dim(cells[:, None], dim=2), cells)):
+        losses = sam_loss(read, scores, targets, valid, None, LossWeights(), "points", chance, 60, places)
+        found.append((vars(losses), torch.autograd.grad(losses.total.sum(), (logits, scores))))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masks", [1, 3])
+def test_at_all_cells_the_loss_of_cells_is_that_of_the_map(masks):
+    """With the IoU head's part, where every union has a cell."""
+    logits, scores, targets, valid = draw(masks=masks)
+    cells = torch.stack([torch.randperm(48) for _ in range(5)])
+    weights = LossWeights(mask=2.0, overlap=3.0, iou=4.0)
+    at_cells = logits.flatten(2).take_along_dim(cells[:, None], dim=2)
+    found = sam_loss(at_cells, scores, targets, valid, None, weights, "points", cells=cells)
+    mask, overlap = bce_loss(logits, targets, valid), dice_loss(logits, targets, valid)
+    best = (2 * mask + 3 * overlap).argmin(1)
+    error = (scores - iou_of(logits, targets, valid)).square().mean(1)
+    assert found.chosen.tolist() == best.tolist()
+    mask, overlap = mask[torch.arange(5), best], overlap[torch.arange(5), best]
+    torch.testing.assert_close((found.mask, found.overlap, found.iou), (mask, overlap, error))
+    torch.testing.assert_close(found.total, 2 * mask + 3 * overlap + 4 * error)
+
+
+def discs(radius, side=64):
+    """Two discs that overlap, as logits (1, 1, h, w) and targets (1, h, w)."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    logits, targets = ((x - left).square() + (y - 25).square() < radius**2 for left in (30, 30 + 0.6 * radius))
+    return logits[None, None].float() - 0.5, targets[None].float()
+
+
+def estimates(logits, targets, cells):
+    """The IoU from each row of `cells`, where there is one."""
+    read = [maps.flatten()[cells] for maps in (logits, targets, torch.ones_like(targets))]
+    iou, known = sampled_iou_of(read[0][:, None, :, None], *(cells[..., None] for cells in read[1:]))
+    return iou[known].double(), known.double().mean().item()
+
+
+@pytest.mark.parametrize("radius", [1.5, 4, 12])
+def test_the_sampled_iou_is_unbiased(radius):
+    """Of independent cells, down to an object that most draws of 64 cells miss."""
+    logits, targets = discs(radius)
+    iou, known = estimates(logits, targets, torch.randint(0, 64 * 64, (40_000, 64)))
+    assert abs(iou.mean() - iou_of(logits, targets, torch.ones_like(targets)).item()) < 4 * iou.std() / len(iou) ** 0.5
+    union = ((logits[0] > 0) | (targets > 0)).double().mean().item()
+    assert known == pytest.approx(1 - (1 - union) ** 64, abs=0.01)
+
+
+@pytest.mark.parametrize(("radius", "bound"), [(1.5, 0.08), (4, 0.08), (12, 0.01)])
+def test_the_iou_of_evenly_spread_cells_errs_little_and_scatters_less_on_large_objects(radius, bound):
+    logits, targets = discs(radius)
+    spread, _ = estimates(logits, targets, draw_cells(torch.rand(20_000, 2), 64, 64, 64))
+    alone, _ = estimates(logits, targets, torch.randint(0, 64 * 64, (20_000, 64)))
+    assert abs(spread.mean() - iou_of(logits, targets, torch.ones_like(targets)).item()) < bound
+    assert radius < 12 or spread.std() < 0.7 * alone.std()
+
+
+def test_a_mask_whose_union_no_cell_meets_does_not_teach_the_iou_head():
+    targets = torch.zeros(2, 8, 8)
+    targets[:, 0, :2] = 1
+    logits = 2 * targets[:, None].repeat(1, 2, 1, 1) - 1
+    logits[1, 1, 7] = 1  # wrong, and met
+    cells = torch.tensor([[9, 20, 30], [9, 20, 60]])
+    scores = torch.full((2, 2), 0.25, requires_grad=True)
+    at_cells, valid = logits.flatten(2).take_along_dim(cells[:, None], dim=2), torch.ones(2, 8, 8)
+    losses = sam_loss(at_cells, scores, targets, valid, None, LossWeights(0.0, 0.0, 1.0), "points", cells=cells)
+    losses.total.sum().backward()
+    assert losses.iou.tolist() == [0, 0.25**2 / 2]
+    assert scores.grad.tolist() == [[0, 0], [0, 0.25]]
+
+
 def test_points_between_cells_are_read_bilinearly_from_the_image_alone():
     logits = torch.tensor([1.0, 3.0, 50.0]).reshape(1, 1, 1, 3)
     targets, valid = torch.tensor([[[0.0, 1.0, 1.0]]]), torch.tensor([[[1.0, 1.0, 0.0]]])
@@ -326,6 +436,20 @@ def test_points_between_cells_are_read_bilinearly_from_the_image_alone():
     assert read_logits.flatten().tolist() == pytest.approx([2.0, 1.5, 3.0, 1.0])
     assert read_targets.flatten().tolist() == pytest.approx([0.5, 0.25, 1.0, 0.0], abs=1e-6)
     assert read_valid.flatten().tolist() == pytest.approx([1.0, 1.0, 0.5, 1.0])
+
+
+def test_many_cells_cost_what_the_whole_map_costs():
+    logits, targets = draw_blobs()
+    valid = torch.ones_like(targets)
+    valid[:, 50:] = 0
+    weights = LossWeights(mask=1.0, overlap=1.0, iou=0.0)
+    whole = bce_loss(logits, targets, valid) + dice_loss(logits, targets, valid)
+    errors = []
+    for count in (1024, 16384):
+        found = sam_loss(logits, torch.ones(3, 1), targets, valid, None, weights, "points", draw_chance(3), count)
+        errors.append(float((found.total / whole[:, 0] - 1).abs().max()))
+    assert errors[0] < 0.03
+    assert errors[1] < 0.003
 
 
 def test_many_points_cost_what_the_whole_map_costs():

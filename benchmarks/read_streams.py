@@ -1,0 +1,183 @@
+"""Streams of batches for benchmarks/read.py: our ring, with and without masks and prompts, and two-worker DataLoaders.
+
+Delivered to a loop that does nothing else. The first batches, which pay for fresh buffers and waiting queues, are not
+counted. Masks and prompts are made by the same code for all: by our ring in threads, by a DataLoader row by row in its
+worker processes. Where a name begins with `known`, the masks of all rows have been made in an epoch before; both
+keep what they know of them. `RATIOS` says which streams are compared.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import chain, cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from measure import alternate
+from read_contenders import Data, gather
+from read_formats import npy_files
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sam_cache.batches import KNOWN_BYTES, Annotator, CachedBatches, Order, Preprocessing, Sampling, Visit
+from sam_cache.batches.annotations import Annotation
+from sam_cache.data import parse_prompts
+from sam_cache.store import Ring
+
+SKIPPED = 4  # batches not counted at the start of a stream: no contender runs further ahead
+
+
+class NpyRows(Dataset):
+    """Rows as torch's tutorials would read them."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.from_numpy(np.load(self.files[row]))
+
+
+class RowsWithMasks(Dataset):
+    """The same with what our ring delivers beside them."""
+
+    def __init__(self, rows: Dataset, annotator: Annotator):
+        self.rows, self.annotator = rows, annotator
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Annotation]:
+        return self.rows[row], self.annotator.annotate([Visit(row)])
+
+
+def collate(items: list[tuple[Tensor, Annotation]]) -> tuple[Tensor, Annotation]:
+    rows, annotations = zip(*items, strict=True)
+    return torch.stack(rows), Annotation.join(annotations)
+
+
+class ZarrRows(Dataset):
+    def __init__(self, folder: Path):
+        self.array = zarr.open_array(folder, mode="r")
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.from_numpy(self.array[row])
+
+
+Stream = Callable[[], Iterable[Tensor]]  # batches in the order given, then perhaps more
+
+
+def ring(data: Data, batches: list[list[int]]) -> Stream:
+    def stream() -> Iterator[Tensor]:
+        for levels in Ring(data.store.reader(), batches):
+            yield levels["neck"]
+
+    return stream
+
+
+def make_annotator(data: Data, known_bytes: int = 0) -> Annotator:
+    sampling = Sampling(parse_prompts("box"), seed=0, training=True)
+    return Annotator(data.store.images, data.store.objects(), Preprocessing(1024), 256, sampling, known_bytes)
+
+
+class Given(Order):
+    """The rows as they are listed, epoch after epoch, so that every contender delivers the same batches."""
+
+    def turns(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows, np.zeros(len(self.rows), int)
+
+
+def ring_with_masks(data: Data, batches: list[list[int]], known_bytes: int = 0) -> Stream:
+    """What `samcache train-top` is given in its first epoch: prompts, and 256x256 masks of all objects."""
+    annotator = make_annotator(data, known_bytes)
+    order = Given(np.array(list(dict.fromkeys(chain(*batches)))), seed=0)
+
+    def stream() -> Iterator[Tensor]:
+        for batch in CachedBatches(data.store, annotator, order, batch_size=len(batches[0])):
+            yield batch.levels["neck"]
+
+    return stream
+
+
+def ring_with_known_masks(data: Data, batches: list[list[int]]) -> Stream:
+    """What it is given from the second epoch on."""
+    return ring_with_masks(data, batches, KNOWN_BYTES)
+
+
+def loader(dataset: Dataset, batches: list[list[int]], **options) -> Stream:
+    # Spawned, not forked: this process has threads of several libraries by now. They stay for all rounds.
+    options |= {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": "spawn"}
+    together = DataLoader(dataset, batch_sampler=batches, **options)
+    return lambda: together
+
+
+def dataloader_npy(data: Data, batches: list[list[int]]) -> Stream:
+    return loader(NpyRows(npy_files(data)), batches)
+
+
+def dataloader_zarr(data: Data, batches: list[list[int]]) -> Stream:
+    return loader(ZarrRows(data.store.path / "neck"), batches)
+
+
+def with_masks(rows: Dataset, data: Data, batches: list[list[int]], known_bytes: int = 0) -> Stream:
+    dataset = RowsWithMasks(rows, make_annotator(data, known_bytes))
+    together = loader(dataset, batches, collate_fn=collate)
+
+    def stream() -> Iterator[Tensor]:
+        for rows, _ in together():
+            yield rows
+
+    return stream
+
+
+def dataloader_npy_with_masks(data: Data, batches: list[list[int]]) -> Stream:
+    return with_masks(NpyRows(npy_files(data)), data, batches)
+
+
+def dataloader_npy_with_known_masks(data: Data, batches: list[list[int]]) -> Stream:
+    """Each worker keeps masks of its own, and gets other rows of an epoch each time: it knows most of them, not all."""
+    return with_masks(NpyRows(npy_files(data)), data, batches, KNOWN_BYTES)
+
+
+def dataloader_zarr_with_masks(data: Data, batches: list[list[int]]) -> Stream:
+    return with_masks(ZarrRows(data.store.path / "neck"), data, batches)
+
+
+STREAMS = (
+    ring, ring_with_masks, ring_with_known_masks, dataloader_npy, dataloader_npy_with_masks,
+    dataloader_npy_with_known_masks, dataloader_zarr, dataloader_zarr_with_masks,
+)  # fmt: skip
+
+# A ratio's name -> how many times slower the first stream was than the second.
+RATIOS = {
+    "delivered_vs_dataloader_npy": ("dataloader_npy", "ring"),
+    "delivered_vs_dataloader_zarr": ("dataloader_zarr", "ring"),
+    "delivered_with_masks_vs_dataloader_npy": ("dataloader_npy_with_masks", "ring_with_masks"),
+    "delivered_with_masks_vs_dataloader_zarr": ("dataloader_zarr_with_masks", "ring_with_masks"),
+    "delivered_with_known_masks_vs_dataloader_npy": ("dataloader_npy_with_known_masks", "ring_with_known_masks"),
+    "masks_vs_ring": ("ring_with_masks", "ring"),
+    "known_masks_vs_ring": ("ring_with_known_masks", "ring"),
+}
+
+
+def time_streams(data: Data, batches: list[list[int]], rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds for as many batches as there are, after the first ones, per contender and round."""
+    count = len(batches)
+    streams, refused = gather(STREAMS, data, list(islice(cycle(batches), SKIPPED + count)))
+    notes: dict[str, list[float]] = {name: [] for name in streams}
+
+    def take_all(name: str) -> None:
+        stream = iter(streams[name]())
+        first = next(stream)
+        if not notes[name] and not np.array_equal(first, data.values[batches[0]]):
+            raise AssertionError(f"{name} did not deliver what was written")
+        for _ in islice(stream, SKIPPED - 1):
+            pass
+        started = time.perf_counter()
+        for _ in islice(stream, count):
+            pass
+        notes[name].append(time.perf_counter() - started)
+        with suppress(AttributeError):
+            stream.close()
+
+    alternate({name: partial(take_all, name) for name in streams}, rounds)
+    return {name: times[1:] for name, times in notes.items()}, refused

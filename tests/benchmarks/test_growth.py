@@ -1,0 +1,37 @@
+"""benchmarks/growth.py in miniature."""
+
+import pytest
+
+
+@pytest.fixture
+def growth(program):
+    return program("growth")
+
+
+def test_a_step_is_measured_whatever_the_chunks(growth):
+    found = growth.measure_step("tiny", images=2, objects=3, loss="points", budget=4, rounds=1, device="cpu")
+    assert found["seconds"] > 0
+    assert (found["images"], found["objects"], found["loss"]) == (2, 3, "points")
+
+
+def test_columns_are_repeated_whatever_they_hold(growth):
+    from sam_cache.store.columns import Ragged
+
+    assert list(growth.repeat(Ragged.from_list([b"a", b"bc"]), 3)) == [b"a", b"bc", b"a"]
+
+
+def test_render_has_a_line_for_every_point(growth):
+    def point(**axes):
+        return {"seconds": 0.5, "bytes": 2**20} | axes
+
+    result = {
+        "objects": [point(images=1, objects=count, loss=loss) for count in (1, 700) for loss in growth.LOSSES],
+        "images": [point(images=count, objects=8, loss=loss) for count in (1, 2) for loss in growth.LOSSES],
+        "annotation": [point(objects=count) for count in (1, 700)],
+        "workers": [{"threads": 1, "first_epoch_rows_per_s": 10.0, "rows_per_s": 20.0}],
+        "settings": {"objects": [1, 700], "images": [1, 2], "mask_budget": 16, "prompts": 8},
+    }
+    text = growth.render(result)
+    assert "| 700 | 500 ms | 1 MiB |" in text
+    assert "| 1 | 10 | 20 |" in text
+    assert len(growth.draw(result).axes) == 2

@@ -125,6 +125,24 @@ def render(result: dict) -> str:
     return "\n\n".join(said)
 
 
+def render_headline(result: dict) -> str:
+    """For the front page: what the cache makes of a step, for every encoder, at the number of prompts in the middle."""
+    count = sorted(result["settings"]["prompts"])[len(result["settings"]["prompts"]) // 2]
+    rows = [
+        [
+            row["model"],
+            row["loss"],
+            *(f"{row[f'{what}_s']:.2f} s" for what in ("cached", "end_to_end", "upstream")),
+            f"**{row['cached_vs_end_to_end']:.1f}x**",
+            f"**{row['cached_vs_upstream']:.1f}x**",
+        ]
+        for row in result["rows"]
+        if row["prompts"] == count
+    ]
+    head = ["encoder", "loss on", "`train-top`", "`train-full`, encoder frozen", "segment_anything", "faster", "faster"]
+    return f"One training step of one 1024x1024 image with {count} box prompts:\n\n{table(head, rows)}"
+
+
 def draw(result: dict) -> Figure:
     figure = Figure(figsize=(8, 3.2))
     for axes, loss in zip(figure.subplots(1, 2, sharey=True), LOSSES, strict=True):

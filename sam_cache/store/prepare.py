@@ -13,7 +13,7 @@ from sam_cache import durable
 from sam_cache.store import layout
 from sam_cache.store.columns import Ragged, Table, write_array, write_table
 from sam_cache.store.ledger import Ledger, digests, read_ledger, record_name, seal
-from sam_cache.store.spec import StoreSpec
+from sam_cache.store.spec import FORMAT, StoreSpec
 from sam_cache.types import ImageRecord
 
 MAIN = "main"
@@ -36,7 +36,7 @@ def create(
         if leftover.name.startswith(f".{path.name}.prepare-"):
             durable.remove_folder(leftover)
     draft = path.with_name(f".{path.name}.prepare-{uuid.uuid4().hex}")
-    identity = {"format": spec.format, "identity": spec.to_json(), "recorded": recorded}
+    identity = {"format": FORMAT, "identity": spec.to_json(), "recorded": recorded}
     _write(draft / "zarr.json", layout.group_metadata({"samcache": identity}))
     for group in ("images", "objects"):
         _write(draft / group / "zarr.json", layout.group_metadata({}))

@@ -8,7 +8,8 @@ import torch
 
 from sam_cache.quantisation import COMPANIONS
 
-# The newest that is read; 1 has neither int8 levels nor other views than the image itself, 2 no rounded mantissas.
+# What is written. 1 and 2 are read too: their ledgers gather records as JSON, with a sha256 of every shard file; 1 has
+# neither int8 levels nor other views than the image itself, 2 no rounded mantissas.
 FORMAT = 3
 CODECS = ("raw", "zstd", "blosc")
 IDENTITY = "identity"
@@ -117,18 +118,8 @@ class StoreSpec:
         """Bytes of one decoded row of each level, with its companions."""
         return {name: sum(array.nbytes for array in level.arrays(name).values()) for name, level in self.levels.items()}
 
-    @property
-    def format(self) -> int:
-        """The oldest format that can say this, so that older versions read what they can."""
-        if any(level.keep_bits is not None for level in self.levels.values()):
-            return 3
-        return 2 if self.views != IDENTITY or any(level.dtype == "int8" for level in self.levels.values()) else 1
-
     def to_json(self) -> dict:
-        record = self._fields() | {"format": self.format}
-        if self.views == IDENTITY:
-            del record["views"]  # format 1 does not say
-        return record
+        return self._fields() | {"format": FORMAT}
 
     def _fields(self) -> dict:
         """All of it, less what formats 1 and 2 do not say of a level."""

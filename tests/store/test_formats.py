@@ -113,7 +113,7 @@ def test_identity_and_metadata_are_in_plain_sight(tmp_path, kit):
     spec = kit.spec()
     store = kit.open(tmp_path / "s", spec, 5)
     attributes = json.loads((store.path / "zarr.json").read_bytes())["attributes"]["samcache"]
-    assert attributes == {"format": 1, "identity": spec.to_json(), "recorded": {"torch": "x"}}
+    assert attributes == {"format": 3, "identity": spec.to_json(), "recorded": {"torch": "x"}}
     assert (store.path / "neck/zarr.json").read_bytes() == level_metadata(spec.levels["neck"], 5, 4)
     assert store.recorded == {"torch": "x"}
     assert store.row_states.tolist() == [ABSENT] * 5

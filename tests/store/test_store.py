@@ -185,8 +185,8 @@ def test_what_is_no_store_is_refused_untouched(tmp_path, kit):
 
 def test_a_newer_format_is_refused(tmp_path, kit, monkeypatch):
     kit.open(tmp_path / "s", kit.spec(), 5)
-    monkeypatch.setattr(module, "FORMAT", 0)
-    with pytest.raises(StoreError, match="format 1, this samcache reads up to 0; upgrade"):
+    monkeypatch.setattr(module, "FORMAT", 2)
+    with pytest.raises(StoreError, match="format 3, this samcache reads up to 2; upgrade"):
         EmbeddingStore.open(tmp_path / "s")
 
 

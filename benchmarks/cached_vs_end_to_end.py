@@ -14,12 +14,13 @@ on two cores. All take turns in one process, in every round:
 
 The encoder does not know of prompts, so it is timed once a round: a step end to end is `encoder` and `memory` of that
 round together, a step of upstream its encoder and its decoder. The store was made by `--store-model`, as rows and tops
-of all sizes are alike. Encoders are charged for no decoding of images; `cached` is charged for its reading: its queue
-is as full at the end as at the start, so that as many batches are made as used. Weights are random, which does not change the time. `maps` is SAM's loss, `points` that of 1,024 cells.
+of all sizes are alike. Encoders are charged for no decoding of images; `cached` is charged for its reading: its
+queue is as full at the end as at the start, so that as many batches are made as used. Weights are random, which does
+not change the time. `maps` is SAM's loss, `points` that of 1,024 cells. On a CPU all run with freed memory kept by the
+process (`sam_cache.stages.allocation`).
 
 The bound of a ratio is what the operations would allow, counted by torch: those of the published encoder and of our
-step, over those of the step; what the step makes again in its backward pass is left out. Ratios are medians over
-rounds.
+step, three times its forward, over those of the step. Ratios are medians over rounds.
 """
 
 import argparse

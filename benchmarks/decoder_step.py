@@ -14,9 +14,9 @@ minutes on two cores. The contenders take turns in one process:
 
 `*_vs_upstream` are upstream's seconds over ours, medians over rounds. `memory_*` are our bytes over upstream's, at the
 moment when autograd keeps most for the backward pass, parameters aside. On a CPU all contenders run with freed memory
-kept by the process, as `samcache train-top` does; without that all are slower, and upstream's loop most of all. `differences` are those
-of masks and gradients from upstream's, both in fp32 on one image: the largest of a logit, in units of the largest
-logit, and of all gradients together, in units of their norm.
+kept by the process (`sam_cache.stages.allocation`); without that all are slower, and upstream's loop most of all.
+`differences` are those of masks and gradients from upstream's, both in fp32 on one image: the largest of a logit, in
+units of the largest logit, and of all gradients together, in units of their norm.
 """
 
 import argparse
@@ -34,7 +34,13 @@ from sam_cache.training import loss_cells
 from sam_cache.types import Prompts
 
 KINDS = {"point": "one point", "box": "box", "mask": "box and mask"}
-OURS = {"maps": "ours, whole maps", "points": "ours, {points:,} cells of each map", "chunks": "ours, {chunk} prompts at once"}  # fmt: skip
+NAMES = {
+    "upstream": "upstream",
+    "upstream_images": "upstream, a backward per image",
+    "maps": "ours, whole maps",
+    "points": "ours, {points:,} cells of each map",
+    "chunks": "ours, whole maps, {chunk} prompts at a time",
+}
 TARGETS = {"maps": (1.5, 0.55), "points": (3.0, 0.3)}  # at least so fast, at most so much memory; CPU, one point
 GPU_TARGET = 5.0
 
@@ -183,7 +189,7 @@ def measure_kind(top: Top, kind: str, options: argparse.Namespace, device: torch
             kept[name] = kept_bytes(step, top)
 
     seconds = alternate({name: partial(take, name) for name in names}, options.rounds)
-    ours = [name for name in names if name in OURS]
+    ours = [name for name in names if "upstream" not in name]
     ratios = {f"{name}_vs_upstream": median_ratio(seconds, "upstream", name) for name in ours}
     ratios |= {f"memory_{name}": kept[name] / kept["upstream"] for name in ours}
     return {
@@ -202,26 +208,26 @@ def render(result: dict) -> str:
             faster = found["ratios"].get(f"{name}_vs_upstream")
             rows.append([
                 KINDS[kind] if name == "upstream" else "",
-                OURS.get(name, "upstream" if name == "upstream" else "upstream, a backward per image").format(**step),
+                NAMES[name].format(**step),
                 f"{seconds['median_s']:.{4 if cuda else 2}f}",
                 f"**{faster:.1f}x**" if faster else "",
                 f"{found['kept_mib'][name]:,.0f}",
                 f"{found['kept_mib'][name] / found['kept_mib']['upstream']:.2f}",
             ])  # fmt: skip
     head = ["prompts", "contender", "s a step", "faster than upstream", "MiB kept for backward", "of upstream's"]
-    ratios, far = result["ratios"], [found["differences"] for found in kinds.values()]
+    ratios = result["ratios"]
     numbers = {name: (ratios[f"{name}_vs_upstream"], ratios[f"memory_{name}"]) for name in TARGETS}
     if cuda:
         goals = f"the target was {GPU_TARGET:g}x"
     else:
         goals = "the targets were " + " and ".join(f"{fast:g}x with {most:g}" for fast, most in TARGETS.values())
+    said = "; ".join(f"{name}: {fast:.1f}x with {most:.2f} of the memory" for name, (fast, most) in numbers.items())
+    far = {name: max(found["differences"][name] for found in kinds.values()) for name in ("masks", "gradients")}
     return (
         f"{step['images']} images x {step['prompts']} prompts, full size, {'bf16' if cuda else 'fp32'}, the loss on "
-        f"maps of 256x256 or on {step['points']:,} of their cells; medians of {step['rounds']} rounds in turn.\n\n"
-        f"{table(head, rows)}\n\n"
-        + "; ".join(f"{name}: {fast:.1f}x with {most:.2f} of the memory" for name, (fast, most) in numbers.items())
-        + f" (one point; {goals}). In fp32, masks are within {max(each['masks'] for each in far):.0e} of upstream's and "
-        f"gradients within {max(each['gradients'] for each in far):.0e}."
+        f"whole maps or on {step['points']:,} of their cells; medians of {step['rounds']} rounds in turn.\n\n"
+        f"{table(head, rows)}\n\n{said} (one point; {goals}). In fp32, masks are within {far['masks']:.0e} of "
+        f"upstream's and gradients within {far['gradients']:.0e}."
     )
 
 

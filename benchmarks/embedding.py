@@ -13,7 +13,7 @@ in one process, each round into a new store:
 A share is the bare encoder's time over that of embedding, the median over rounds: 1 means that decoding, resizing,
 quantising, checksums and writing are hidden, or cost nothing beside the encoder. On a CPU the encoder leaves no core
 free, so that what they cost shows: the table of processor time says which costs what. On a GPU all of it is to be
-hidden. Weights are random, which does not change the time. On two cores it takes about five minutes.
+hidden. Weights are random, which does not change the time. On two quiet cores it takes about six minutes.
 """
 
 import argparse
@@ -35,6 +35,8 @@ from sam_cache.data import WHOLE, Dataset, Geometry, decode, open_images, to_pix
 from sam_cache.data.synthetic import open_synthetic
 from sam_cache.model import SIZES, Encoder, fixed_weights, load_encoder
 from sam_cache.model.parts import part_of
+from sam_cache.ranks import Ranks
+from sam_cache.stages.device import pick_device
 from sam_cache.stages.embed import fill
 from sam_cache.stages.encoding import Encoding, compile_encoder
 from sam_cache.stages.progress import Bar, hushed
@@ -43,7 +45,7 @@ from sam_cache.store import EmbeddingStore, LevelSpec, StoreSpec
 TARGET = 0.95
 CONTENDERS = {"fp16": ("fp16", "upstream"), "int8": ("int8", "upstream"), "fp16_fast": ("fp16", "fast")}
 # Images in a round, so that a round takes seconds; and rounds.
-ON_CPU = {"nano": (32, 3), "vit_b": (4, 2)}
+ON_CPU = {"nano": (24, 3), "vit_b": (4, 2)}
 ON_GPU = {"vit_b": (512, 5), "vit_l": (256, 3), "vit_h": (128, 3)}
 
 
@@ -203,7 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="that decode; by default as many as cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = pick_device(options.device, Ranks())
     plan = ON_GPU if device.type == "cuda" else ON_CPU
     batch_size = options.batch_size or (16 if device.type == "cuda" else 1)
     threads = options.threads or torch.multiprocessing.cpu_count()

@@ -24,8 +24,16 @@ from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor, nn
 
-from sam_cache.model.image_attention import attend_image, join_heads, scale, score_image, split_heads, update_image
-from sam_cache.model.upscaling import read_cells, read_maps
+from sam_cache.model.image_attention import (
+    attend_image,
+    join_heads,
+    scale,
+    split_heads,
+    update_image,
+    update_shared_image,
+)
+from sam_cache.model.linear import project
+from sam_cache.model.upscaling import group_cells, read_cells, read_maps
 
 
 class Masks(NamedTuple):
@@ -76,9 +84,9 @@ def share_images(
     return SharedImages(
         tokens=tokens,
         position=position,
-        keys=split_heads(to_image, to_image.k_proj(placed)),
-        values=split_heads(to_image, to_image.v_proj(tokens)),
-        queries=split_heads(to_token, to_token.q_proj(placed)),
+        keys=split_heads(to_image, project(to_image.k_proj, placed)),
+        values=split_heads(to_image, project(to_image.v_proj, tokens)),
+        queries=split_heads(to_token, project(to_token.q_proj, placed)),
     )
 
 
@@ -113,12 +121,14 @@ def decode(
     """
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     first, last = (1, 4) if multimask else (0, 1)
-    tokens, image = attend(decoder, images, image_index, outputs, sparse, [0, *range(first + 1, last + 1)])
+    wanted, upscaling = [0, *range(first + 1, last + 1)], decoder.output_upscaling
+    groups = None if cells is None else group_cells(cells, len(images.position))
+    tokens, image = attend(decoder, images, image_index, outputs, sparse, wanted, groups and groups.rows)
     hypers = hypers_of(decoder, tokens[:, 1:], first)
     scores = decoder.iou_prediction_head(tokens[:, 0])[:, first:last]
-    if cells is None:
-        return Masks(read_maps(decoder.output_upscaling, image, hypers), scores)
-    return Masks(read_cells(decoder.output_upscaling, image, hypers, cells), scores)
+    if groups is None:
+        return Masks(read_maps(upscaling, image, hypers), scores)
+    return Masks(read_cells(upscaling, image, hypers, groups), scores)
 
 
 def attend(
@@ -128,8 +138,12 @@ def attend(
     outputs: Float[Tensor, "O C"],
     sparse: Float[Tensor, "P K C"],
     wanted: list[int],
-) -> tuple[Float[Tensor, "P _ C"], Float[Tensor, "P N C"]]:
-    """The two-way transformer: those of the tokens `outputs` that are `wanted`, and each prompt's image tokens."""
+    rows: Int[Tensor, "R"] | None = None,
+) -> tuple[Float[Tensor, "P _ C"], Float[Tensor, "P N C"] | Float[Tensor, "R C"]]:
+    """The two-way transformer: those of the tokens `outputs` that are `wanted`, and each prompt's image tokens.
+
+    With `rows` only those rows of all prompts' image tokens.
+    """
     prompt = torch.cat([outputs.expand(len(sparse), -1, -1), sparse], dim=1)
     transformer, position = decoder.transformer, images.position
     first, *later = transformer.layers
@@ -143,8 +157,8 @@ def attend(
         tokens = layer.norm1(tokens + layer.self_attn(placed, placed, tokens))
         tokens, image = _exchange(layer, prompt, tokens, image, position)
     tokens, prompt = tokens[:, wanted], prompt[:, wanted]
-    attended = attend_image(transformer.final_attn_token_to_image, tokens + prompt, image, position)
-    return transformer.norm_final_attn(tokens + attended), image
+    attended, picked = attend_image(transformer.final_attn_token_to_image, tokens + prompt, image, position, rows)
+    return transformer.norm_final_attn(tokens + attended), image if picked is None else picked
 
 
 def hypers_of(decoder: MaskDecoder, tokens: Float[Tensor, "P M C"], first: int) -> Float[Tensor, "P M c"]:
@@ -177,7 +191,7 @@ def _exchange_shared(
     tokens = _finish_tokens(layer, tokens, to_image.out_proj(join_heads(attended)))
     k = seats.by_image(scale(split_heads(to_token, to_token.k_proj(tokens + prompt))))
     scores = seats.by_prompt(k @ images.queries.mT)
-    return tokens, update_image(layer, images.tokens.index_select(0, image_index), scores, tokens)
+    return tokens, update_shared_image(layer, tokens, scores, images.tokens, image_index)
 
 
 def _exchange(
@@ -188,12 +202,11 @@ def _exchange(
     position: Float[Tensor, "N C"],
 ) -> tuple[Float[Tensor, "P T C"], Float[Tensor, "P N C"]]:
     """A layer from its self-attention on: the tokens look at the image, and then the image at them."""
-    attended = attend_image(layer.cross_attn_token_to_image, tokens + prompt, image, position)
+    attended, _ = attend_image(layer.cross_attn_token_to_image, tokens + prompt, image, position)
     tokens = _finish_tokens(layer, tokens, attended)
     to_token = layer.cross_attn_image_to_token
     keys = scale(split_heads(to_token, to_token.k_proj(tokens + prompt)))
-    scores = score_image(keys, to_token.q_proj, image, position)
-    return tokens, update_image(layer, image, scores, tokens)
+    return tokens, update_image(layer, tokens, keys, image, position)
 
 
 def _finish_tokens(

@@ -61,10 +61,10 @@ def first_trained_block(sam: Sam) -> int | None:
 def count_decoder(sam: Sam, prompts: int, width: int) -> int:
     """Bytes the decoder and the loss keep for their backward.
 
-    Of a prompt: about three copies of its image tokens in each layer, these once more with the first
-    upscaling, and eight maps of the masks in fp32; what comes between those is made again. A loss that looks
-    at few cells keeps less.
+    Of a prompt: about two copies of its image tokens in each layer, these once more with the first upscaling,
+    and eight maps of the masks in fp32; what comes between those is made again. A loss that looks at few
+    cells keeps less.
     """
     size = sam.size
-    copies = 3 * size.decoder_depth + 1
+    copies = 2 * size.decoder_depth + 1
     return prompts * (copies * size.grid**2 * size.neck_channels * width + 8 * 4 * size.mask_size**2)

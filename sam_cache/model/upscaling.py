@@ -9,12 +9,15 @@ one prompt's map.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from sam_cache.model.linear import apply_trained
 
 
 def read_maps(
@@ -32,32 +35,44 @@ def read_maps(
     return lay_out(torch.cat(maps))
 
 
-def read_cells(
-    upscaling: nn.Sequential,
-    image: Float[Tensor, "P N C"],
-    hypers: Float[Tensor, "P M c"],
-    cells: Int[Tensor, "P S"],
-) -> Float[Tensor, "P M S"]:
-    """`read_maps` at S cells of each prompt, given as y * w + x; no map is made."""
-    conv, norm, activation, second_conv, second_activation = upscaling
-    P, N, _ = image.shape
-    g = round(N**0.5)
+class CellGroups(NamedTuple):
+    """Cells of all prompts, sorted by which of their token's 4 x 4 places they take.
+
+    `rows` are their tokens among all prompts', and `back` leads to the order in which they were asked for.
+    """
+
+    rows: Int[Tensor, "R"]
+    back: Int[Tensor, "P S"]
+    counts: list[int]
+
+
+def group_cells(cells: Int[Tensor, "P S"], tokens: int) -> CellGroups:
+    """Sort the cells y * w + x of each prompt's map, which has so many image tokens."""
+    g = round(tokens**0.5)
     y, x = cells // (4 * g), cells % (4 * g)
-    token = y // 4 * g + x // 4 + N * torch.arange(P, device=cells.device).unsqueeze(1)
+    row = y // 4 * g + x // 4 + tokens * torch.arange(len(cells), device=cells.device).unsqueeze(1)
     first, second = 2 * (y // 2 % 2) + x // 2 % 2, 2 * (y % 2) + x % 2
-    # Cells at the same one of their token's 16 places share their weights: in that order they are a few
-    # large matrix products, each for only the quarter that is wanted.
     place = (4 * first + second).flatten()
     order = place.argsort(stable=True)
-    counts = place.bincount(minlength=16).tolist()
-    halves = [sum(counts[i : i + 4]) for i in range(0, 16, 4)]
-
-    pixels = image.flatten(0, 1).index_select(0, token.flatten()[order])
-    pixels = _make_quarters(conv, pixels.split(halves))
-    pixels = activation(_normalise(norm, pixels))
-    pixels = _make_quarters(second_conv, pixels.split(counts))
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return hypers @ second_activation(pixels.index_select(0, back)).unflatten(0, (P, -1)).mT
+    return CellGroups(row.flatten()[order], back.view_as(cells), place.bincount(minlength=16).tolist())
+
+
+def read_cells(
+    upscaling: nn.Sequential,
+    tokens: Float[Tensor, "R C"],
+    hypers: Float[Tensor, "P M c"],
+    groups: CellGroups,
+) -> Float[Tensor, "P M S"]:
+    """`read_maps` at single cells, from the image tokens in `groups.rows`; no map is made."""
+    conv, norm, activation, second_conv, second_activation = upscaling
+    # Cells at the same place share their weights: in that order they are a few large matrix products, each
+    # for only the quarter that is wanted.
+    halves = [sum(groups.counts[i : i + 4]) for i in range(0, 16, 4)]
+    pixels = activation(_normalise(norm, _make_quarters(conv, tokens.split(halves))))
+    pixels = _make_quarters(second_conv, pixels.split(groups.counts))
+    pixels = second_activation(pixels.index_select(0, groups.back.flatten()))
+    return hypers @ pixels.unflatten(0, groups.back.shape).mT
 
 
 def upscale(upscaling: nn.Sequential, image: Float[Tensor, "P N C"]) -> Float[Tensor, "P n c"]:
@@ -94,7 +109,7 @@ def _normalise(norm: nn.Module, pixels: Float[Tensor, "*B c1"]) -> Float[Tensor,
 def _transpose_tokens(conv: nn.ConvTranspose2d, tokens: Float[Tensor, "*B c"]) -> Float[Tensor, "*B 4 o"]:
     """A 2x2 transposed convolution of stride 2: each token makes its own four pixels, row by row."""
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
-    return F.linear(tokens, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
+    return apply_trained(tokens, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 def _make_quarters(conv: nn.ConvTranspose2d, groups: tuple[Float[Tensor, "_ c"], ...]) -> Float[Tensor, "_ o"]:

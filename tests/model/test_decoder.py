@@ -6,7 +6,6 @@ from segment_anything.modeling.mask_decoder import MaskDecoder
 from torch import nn
 
 from sam_cache.model import SIZES, decoder, freeze, image_attention, load_top, top_from_bytes, top_to_bytes
-from sam_cache.model.image_attention import _Scores
 from sam_cache.model.upscaling import _transpose_tokens, lay_out, read_maps, upscale
 
 SIZE = SIZES["tiny"]
@@ -263,14 +262,6 @@ def test_maps_that_are_made_again_are_those_that_are_kept(tiny_top, count):
     inputs, weight = (image, hypers, *upscaling.parameters()), torch.randn_like(kept)
     grads = [torch.autograd.grad((maps * weight).sum(), inputs) for maps in (again, kept)]
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
-
-
-def test_scores_have_the_gradients_of_plain_operations():
-    added, tokens, image = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 7), (2, 5, 3), (2, 7, 3)))
-    inputs = [tensor.requires_grad_() for tensor in (added, tokens, image)]
-    torch.testing.assert_close(_Scores.apply(*inputs), added + tokens @ image.mT)
-    assert torch.autograd.gradcheck(_Scores.apply, inputs)
-    assert torch.autograd.grad(_Scores.apply(*inputs).sum(), image)[0].is_contiguous()
 
 
 def test_transposed_convolution_of_tokens():

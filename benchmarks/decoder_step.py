@@ -3,8 +3,8 @@
     python benchmarks/decoder_step.py [--rounds 2] [--images 8] [--prompts 8] [--device cpu|cuda]
 
 One step: forward, cross entropy and Dice, backward, for prompts of one point, of a box, and of a box with a mask of
-their own. The decoder is of full size, with fixed-seed weights; fp32 on a CPU, bf16 autocast on a GPU. About five
-minutes on two cores. The contenders take turns in one process:
+their own. The decoder is of full size, with fixed-seed weights; fp32 on a CPU, bf16 autocast on a GPU. About three
+minutes on two quiet cores. The contenders take turns in one process:
 
     upstream         segment_anything's own modules, one call per image, one backward at the end
     upstream_images  the same with a backward per image, the thriftiest that upstream can do

@@ -44,7 +44,7 @@ from sam_cache.model import SIZES, Encoder, fixed_weights, load_encoder, product
 from sam_cache.model.attention import attend
 from sam_cache.model.encoder import normalise_pixels
 from sam_cache.model.parts import build_image_encoder, part_of
-from sam_cache.stages.device import keep_freed_memory
+from sam_cache.stages.allocation import keep_freed_memory
 
 ROUNDS_ON_CPU = {"vit_b": 3, "vit_l": 1}
 TARGETS = {"cpu": {"ours_vs_published": 1.2}, "cuda": {"ours_vs_published": 8, "ours_vs_fast": 1.3}}

@@ -1,6 +1,8 @@
 """How opening a store, and the first batch from it, grow with its rows.
 
-    python benchmarks/opening.py [--rows 1000 10000 100000 1000000 10000000] [--rounds 3]     # about six minutes
+    python benchmarks/opening.py [--rows 1000 10000 100000 1000000 10000000] [--rounds 3]
+
+About eight minutes, most of them for 10^7 rows, which take 9 GB of memory.
 
 Every store is simulated but real: metadata, images, objects (one an image) and ledger are written by the store's own
 functions, the rows of one shard too, and every further shard is another name of that file. So each row can be read

@@ -29,6 +29,7 @@ BLOCK = re.compile(r"(<!-- (\w+): (\w+)\.(\w+) -->\n).*?(<!-- end -->)", re.DOTA
 # By name: the arguments of each of its runs. Those of the second table know `--device cuda`.
 ON_CPU: dict[str, list[list[str]]] = {
     "read": [[], ["--codec", "zstd"], ["--codec", "blosc"]],
+    "read_cold": [[]],
     "write": [[]],
     "opening": [[]],
     "startup": [[]],

@@ -1,6 +1,5 @@
 """Which device a stage computes on, and in what precision."""
 
-import ctypes
 import resource
 import sys
 
@@ -8,6 +7,7 @@ import torch
 
 from sam_cache.errors import UsageError
 from sam_cache.ranks import Ranks
+from sam_cache.stages.allocation import keep_freed_memory
 
 
 def pick_device(asked: str | None, ranks: Ranks) -> torch.device:
@@ -25,20 +25,6 @@ def pick_device(asked: str | None, ranks: Ranks) -> torch.device:
     if kind == "cpu":
         keep_freed_memory()
     return torch.device(kind, ranks.local) if kind == "cuda" else torch.device(kind)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep, for the next tensor, what a tensor has freed: up to a GiB, where the C library is glibc.
-
-    On a CPU PyTorch asks it for the memory of every result. It gives blocks of some MiB back to the system at once,
-    and the first touch of each page of the next one costs more than many of the operations on it: of the encoder's
-    time 5% to 20%.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h; mallopt returns 0 for what it does not do
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # Older ones take no more than 32 MiB. The order matters: a limit set by hand ends all adapting of the other.
-    if mallopt and (mallopt(mmap_threshold, 64 * 2**20) or mallopt(mmap_threshold, 32 * 2**20)):
-        mallopt(trim_threshold, 2**30)
 
 
 def pick_precision(asked: str | None, device: torch.device, flag: str) -> str:

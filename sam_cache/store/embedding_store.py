@@ -225,9 +225,9 @@ class EmbeddingStore:
             raise damage(self.path, what)
 
     def _list_images(self) -> ImageTable:
-        files = {name: entry for name, entry in self._ledger.files().items() if name.startswith("images/")}
-        lengths = {segment: record["images"] for segment, record in sorted(self._ledger.prepares.items())}
-        return ImageTable(self.path, lengths, files)
+        segments = sorted(self._ledger.prepares.items())
+        columns = StoredTable(self.path, [f"images/{segment}" for segment, _ in segments], self._ledger.files())
+        return ImageTable(columns, sum(record["images"] for _, record in segments))
 
     def _parts(self, name: str) -> list[str]:
         if name not in self.object_sets():

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from sam_cache.store.columns import Ragged, join, read_column
-from sam_cache.store.ledger import changed, damage
+from sam_cache.store.stored_table import StoredTable
 from sam_cache.types import ImageRecord
 
 
@@ -20,59 +18,49 @@ class ImageTable:
     `views` are numpy's variable-width strings, whose items are `str`. `transforms` is (N, 2, 3) float64:
     view xy = transform @ (image xy, 1), as `sam_cache.types.ImageRecord` defines it. Not to be written to.
 
-    `root` is the store's folder, `lengths` the entries of each segment, `files` what was committed below
-    `images/` -> [size, sha256]. The first look at a column raises DamageError if that is not what is there.
+    `columns` are where they are read from: the first look at one raises DamageError if it is not what was committed.
     """
 
-    root: Path
-    lengths: dict[int, int]
-    files: dict[str, list]
+    columns: StoredTable
+    length: int
 
     def __len__(self) -> int:
-        return sum(self.lengths.values())
+        return self.length
 
     @cached_property
     def ids(self) -> np.ndarray:
-        return self._read("id")
+        return self.columns.read("id")
 
     @cached_property
     def paths(self) -> np.ndarray:
-        return self._read("path").to_text()
+        return self.columns.read("path").to_text()
 
     @cached_property
     def heights(self) -> np.ndarray:
-        return self._read("height")
+        return self.columns.read("height")
 
     @cached_property
     def widths(self) -> np.ndarray:
-        return self._read("width")
+        return self.columns.read("width")
 
     @cached_property
     def splits(self) -> np.ndarray:
-        return self._read("split").to_text()
+        return self.columns.read("split").to_text()
 
     @cached_property
     def rows(self) -> np.ndarray:
-        return self._read("row")
+        return self.columns.read("row")
 
     @cached_property
     def views(self) -> np.ndarray:
-        return self._read("view").to_text()
+        return self.columns.read("view").to_text()
 
     @cached_property
     def transforms(self) -> np.ndarray:
-        found = self._read("view_transform")
+        found = self.columns.read("view_transform")
         # Without views all are the identity: one of them, shown as many, saves 48 bytes an image.
         same = len(found) > 0 and bool((found == found[0]).all())
         return np.broadcast_to(found[0].copy(), found.shape) if same else found
-
-    def _read(self, name: str) -> np.ndarray | Ragged:
-        folders = [f"images/{segment}/{name}" for segment in self.lengths]
-        prefixes = tuple(f"{folder}/" for folder in folders)
-        committed = {file: entry for file, entry in self.files.items() if file.startswith(prefixes)}
-        for what in changed(self.root, committed):
-            raise damage(self.root, what)
-        return join([read_column(self.root / folder) for folder in folders])
 
     def differences(self, records: Sequence[ImageRecord]) -> list[str]:
         """Where `records` begin to be other images than these; a prefix or a longer list is equal."""

@@ -35,10 +35,11 @@ class StoredTable(Mapping):
         if name not in self._read:
             with self._lock:
                 if name not in self._read:
-                    self._read[name] = self._load(name)
+                    self._read[name] = self.read(name)
         return self._read[name]
 
-    def _load(self, name: str) -> np.ndarray | Ragged:
+    def read(self, name: str) -> np.ndarray | Ragged:
+        """The column, anew and not kept: for whoever makes something else of it."""
         folders = self._folders[name]
         prefixes = tuple(f"{folder}/" for folder in folders)
         committed = {file: entry for file, entry in self._files.items() if file.startswith(prefixes)}

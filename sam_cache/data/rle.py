@@ -6,6 +6,8 @@ pycocotools reads such text without any check, and allocates whatever a polygon 
 from strangers, so everything is checked here before it gets there.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -67,19 +69,41 @@ def measure_rle(rle: bytes, height: int, width: int) -> tuple[tuple[float, float
 
 def parse_rle(text: bytes) -> np.ndarray:
     """The runs, int64, that compressed text stands for. Raises DatasetError where it is no such text."""
-    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20:
-        raise DatasetError("run-length text is damaged")
-    ends = np.flatnonzero(codes & 0x20 == 0)  # bit 5 says that the number goes on
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    digit = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    if digit.max() > 6:  # 35 bits, more than any run that fits an image
-        raise DatasetError("run-length text is damaged")
-    runs = np.add.reduceat((codes & 0x1F) << 5 * digit, starts)
-    runs -= np.where(codes[ends] & 0x10, np.int64(1) << 5 * (digit[ends] + 1), 0)  # bit 4 is the sign
+    numbers, _ = read_numbers([text])
+    runs = numbers[:-1]
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
+
+
+def read_numbers(rles: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers written in the texts, int64 and one more at the end, and where those of each text end.
+
+    Texts are read together: what one costs is the calls and not the characters. Raises DatasetError where one
+    is no such text.
+    """
+    codes = np.frombuffer(b"".join(rles), np.uint8) - np.uint8(48)
+    ends = np.flatnonzero(codes < 0x20)  # bit 5 says that the number goes on
+    sizes = np.array([len(rle) for rle in rles], np.int64)
+    last = sizes.cumsum() - 1
+    if not len(rles):
+        return np.zeros(1, np.int64), sizes
+    if not sizes.all() or codes.max() > 63 or codes[last].max() > 0x1F:
+        raise DatasetError("run-length text is damaged")
+    digits = codes & 0x1F
+    numbers = np.empty(len(ends) + 1, np.int64)
+    numbers[-1] = 0
+    values = numbers[:-1]
+    values[:] = digits[ends]
+    values -= (values & 0x10) << 1  # bit 4 is the sign
+    more = np.diff(ends, prepend=-1) - 1
+    longest = int(more.max())
+    if longest > 6:  # 35 bits, more than any run that fits an image
+        raise DatasetError("run-length text is damaged")
+    for digit in range(1, longest + 1):
+        longer = np.flatnonzero(more >= digit)
+        values[longer] = values[longer] << 5 | digits[ends[longer] - digit]
+    return numbers, ends.searchsorted(last) + 1
 
 
 def _from_runs(run_lengths: RunLengths, height: int, width: int) -> bytes:

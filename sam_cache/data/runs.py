@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sam_cache.data.crops import MaskCrop
+from sam_cache.data.rle import read_numbers
 from sam_cache.errors import DatasetError
-
-DAMAGED = "run-length text is damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def column_runs(rles: Sequence[bytes], height: int, width: int) -> ColumnRuns:
     Objects are read together: what a text costs is the calls and not the characters. Raises DatasetError where
     one is damaged.
     """
-    numbers, stops = _numbers(rles)
+    numbers, stops = read_numbers(rles)
     starts = np.concatenate([[0], stops[:-1]]) if len(stops) else stops
     pairs = (stops - starts) // 2  # of a run of the object, and the gap after it; before the first is a gap too
     whose = np.flatnonzero(pairs)
@@ -94,7 +93,7 @@ def column_runs(rles: Sequence[bytes], height: int, width: int) -> ColumnRuns:
     following = np.diff(begins, prepend=0)
     following[firsts] = before
     if lengths.min() < 0 or following.min() < 0 or ends[firsts + counts - 1].max() > height * width:
-        raise DatasetError(DAMAGED)
+        raise DatasetError("run-length text is damaged")
     columns, last = begins // height, (ends - 1) // height
     tops, bottoms = begins - columns * height, ends - columns * height
     if (last > columns).any():
@@ -106,32 +105,6 @@ def column_runs(rles: Sequence[bytes], height: int, width: int) -> ColumnRuns:
         np.minimum(bottoms, height, out=bottoms)
         pairs = np.bincount(owners, minlength=len(rles))
     return ColumnRuns(columns, tops, bottoms, np.concatenate([[0], pairs.cumsum()]))
-
-
-def _numbers(rles: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers written in the texts, int64 and one more at the end, and where those of each text end."""
-    codes = np.frombuffer(b"".join(rles), np.uint8) - np.uint8(48)
-    ends = np.flatnonzero(codes < 0x20)  # bit 5 says that the number goes on
-    sizes = np.array([len(rle) for rle in rles], np.int64)
-    last = sizes.cumsum() - 1
-    if not len(rles):
-        return np.zeros(1, np.int64), sizes
-    if not sizes.all() or codes.max() > 63 or codes[last].max() > 0x1F:
-        raise DatasetError(DAMAGED)
-    digits = codes & 0x1F
-    numbers = np.empty(len(ends) + 1, np.int64)
-    numbers[-1] = 0
-    values = numbers[:-1]
-    values[:] = digits[ends]
-    values -= (values & 0x10) << 1  # bit 4 is the sign
-    more = np.diff(ends, prepend=-1) - 1
-    longest = int(more.max())
-    if longest > 6:  # 35 bits, more than any run that fits an image
-        raise DatasetError(DAMAGED)
-    for digit in range(1, longest + 1):
-        longer = np.flatnonzero(more >= digit)
-        values[longer] = values[longer] << 5 | digits[ends[longer] - digit]
-    return numbers, ends.searchsorted(last) + 1
 
 
 def _sums(differences: np.ndarray, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -97,7 +97,7 @@ def describe(name: str, machine: dict, way: str) -> str:
 
 def draw_charts(text: str, folder: Path = HERE / "charts", results: Path = RESULTS) -> None:
     """The chart of every result in the README whose program can draw one, as SVG; the same for the same figures."""
-    matplotlib.rcParams |= {"svg.hashsalt": "samcache", "font.family": "DejaVu Sans", "font.size": 9}
+    matplotlib.rcParams.update({"svg.hashsalt": "samcache", "font.family": "DejaVu Sans", "font.size": 9})
     for _, name, program, function, _ in BLOCK.findall(text):
         draw = getattr(importlib.import_module(program), "draw", None)
         if function == "render" and draw and (results / f"{name}.json").exists():

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 # What torch.compile emits for a linear layer on a CPU. Elsewhere than on x86 `F.linear` takes oneDNN by itself.
-BY_ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+BY_ONEDNN = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def multiply(

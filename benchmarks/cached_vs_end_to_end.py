@@ -140,7 +140,8 @@ def render_headline(result: dict) -> str:
         for row in result["rows"]
         if row["prompts"] == count
     ]
-    head = ["encoder", "loss on", "`train-top`", "`train-full`, encoder frozen", "segment_anything", "faster", "faster"]
+    head = ["encoder", "loss on", "`train-top`", "`train-full`, encoder frozen", "segment_anything",
+            "against `train-full`", "against segment_anything"]  # fmt: skip
     return f"One training step of one 1024x1024 image with {count} box prompts:\n\n{table(head, rows)}"
 
 

@@ -28,13 +28,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from encoder_contenders import make_encoder
 from measure import alternate, describe_machine, median_ratio, summarise, table, write_results
 
 from sam_cache.batches import Preprocessing, object_columns, pixel_batches
 from sam_cache.data import WHOLE, Dataset, Geometry, decode, open_images, to_pixels
 from sam_cache.data.synthetic import open_synthetic
-from sam_cache.model import SIZES, Encoder, fixed_weights, load_encoder
-from sam_cache.model.parts import part_of
+from sam_cache.model import SIZES, Encoder
 from sam_cache.ranks import Ranks
 from sam_cache.stages.device import pick_device
 from sam_cache.stages.embed import fill
@@ -68,15 +68,6 @@ def write_photographs(folder: Path, images: int, width: int, height: int) -> Dat
     return open_images(folder)
 
 
-def make_encoder(model: str, device: torch.device) -> Encoder:
-    size = SIZES[model]
-    if size.packaged or model == "tiny":
-        encoder = load_encoder(model)
-    else:
-        encoder = Encoder(size, part_of(fixed_weights(size), "image_encoder")).eval().requires_grad_(False)
-    return encoder.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
 def make_store(path: Path, encoder: Encoder, source: Dataset, how: Preprocessing, dtype: str) -> EmbeddingStore:
     levels = {name: LevelSpec(*shape, dtype) for name, shape in encoder.levels.items()}
     spec = StoreSpec(encoder.size.name, encoder.digest, levels, "fp32", vars(how))
@@ -88,7 +79,7 @@ def make_store(path: Path, encoder: Encoder, source: Dataset, how: Preprocessing
 
 def measure(model: str, source: Dataset, rounds: int, batch_size: int, threads: int, device: torch.device) -> dict:
     """Seconds of each contender for all images of `source`, and the shares."""
-    encoder = make_encoder(model, device)
+    encoder = make_encoder(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     how = Preprocessing(encoder.size.input_size)
     if device.type == "cuda":
         compile_encoder(encoder, batch_size, device)
@@ -157,7 +148,7 @@ def measure_parts(source: Dataset, device: torch.device) -> dict[str, float]:
         "resize": processor_ms(lambda: resize("upstream"), len(records)),
         "resize, fast": processor_ms(lambda: resize("fast"), len(records)),
     }
-    encoder, how = make_encoder("nano", torch.device("cpu")), Preprocessing(size.input_size)
+    encoder, how = make_encoder("nano"), Preprocessing(size.input_size)
     levels = torch.randn(len(records), *encoder.levels["neck"])
     few = replace(source, images=records)
     for dtype in ("fp16", "int8"):

@@ -62,7 +62,11 @@ LABELS = {
     "dataloader_npy": "`DataLoader`, 2 workers, `.npy`",
     "dataloader_zarr": "`DataLoader`, 2 workers, zarr-python",
 }
-BESIDE = {"_with_masks": ", with prompts and masks", "_with_known_masks": ", with prompts and masks seen before"}
+BESIDE = {
+    "_with_masks": ", with prompts and masks",
+    "_with_known_masks": ", with prompts and masks seen before",
+    "_with_our_masks": ", with prompts and masks by our code",
+}
 LABELS |= {name + end: LABELS[name] + text for name in ("ring", "dataloader_npy", "dataloader_zarr")
            for end, text in BESIDE.items()}  # fmt: skip
 TARGETS = {
@@ -70,6 +74,7 @@ TARGETS = {
         "verified_vs_memcpy": 0.5, "unverified_vs_memcpy": 0.7, "unverified_vs_preadv": 0.9,
         "verified_vs_zarr_python": 5, "vs_zarr_python": 8, "vs_zarrs": 5, "vs_tensorstore": 1.5, "vs_npy": 2.2,
         "delivered_vs_dataloader_npy": 5, "delivered_vs_dataloader_zarr": 8,
+        "delivered_with_masks_vs_dataloader_npy": 5, "delivered_with_masks_vs_dataloader_zarr": 8,
     },
 }  # fmt: skip
 TARGETS_COMPRESSED = {"verified_vs_zarr_python_2": 3.5, "verified_vs_tensorstore_2": 1.4}

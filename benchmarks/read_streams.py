@@ -1,9 +1,10 @@
 """Streams of batches for benchmarks/read.py: our ring, with and without masks and prompts, and two-worker DataLoaders.
 
 Delivered to a loop that does nothing else. The first batches, which pay for fresh buffers and waiting queues, are not
-counted. Masks and prompts are made by the same code for all: by our ring in threads, by a DataLoader row by row in its
-worker processes. Where a name begins with `known`, the masks of all rows have been made in an epoch before; both
-keep what they know of them. `RATIOS` says which streams are compared.
+counted. Box prompts and 256x256 masks of all objects of a row come beside it where the name says so: made by our ring
+in threads, in a DataLoader row by row in its worker processes, by pycocotools and OpenCV as one writes it or, where it
+says `our_masks`, by our code. Where it says `known`, the masks of all rows have been made in an epoch before. `RATIOS`
+says which streams are compared.
 """
 
 import time
@@ -13,10 +14,12 @@ from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import zarr
 from measure import alternate
+from pycocotools import mask as mask_utils
 from read_contenders import Data, gather
 from read_formats import npy_files
 from torch import Tensor
@@ -25,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from sam_cache.batches import KNOWN_BYTES, Annotator, CachedBatches, Order, Preprocessing, Sampling, Visit
 from sam_cache.batches.annotations import Annotation
 from sam_cache.data import parse_prompts
-from sam_cache.store import Ring
+from sam_cache.store import EmbeddingStore, Ring
 
 SKIPPED = 4  # batches not counted at the start of a stream: no contender runs further ahead
 
@@ -40,17 +43,55 @@ class NpyRows(Dataset):
         return torch.from_numpy(np.load(self.files[row]))
 
 
+class MasksAsUsual:
+    """Boxes (P, 4) of a row's objects in the input frame, and their masks (P, 256, 256): decoded, then shrunk."""
+
+    def __init__(self, store: EmbeddingStore):
+        images, objects = store.images, store.objects()
+        self.sizes = dict(zip(images.rows.tolist(), zip(images.heights, images.widths, strict=True), strict=True))
+        self.objects: dict[int, list] = {row: [] for row in self.sizes}
+        for row, rle, box in zip(objects["row"].tolist(), objects["rle"], objects["box_xywh_image"], strict=True):
+            self.objects[row].append((bytes(rle), box))
+
+    def __call__(self, row: int) -> tuple[Tensor, Tensor]:
+        (height, width), objects = self.sizes[row], self.objects[row]
+        scale = 1024 / max(height, width)
+        shape = round(width * scale / 4), round(height * scale / 4)
+        masks = np.zeros((len(objects), 256, 256), np.float32)
+        for mask, (rle, _) in zip(masks, objects, strict=True):
+            pixels = mask_utils.decode({"size": [int(height), int(width)], "counts": rle})
+            mask[: shape[1], : shape[0]] = cv2.resize(pixels.astype(np.float32), shape, interpolation=cv2.INTER_AREA)
+        x, y, w, h = np.array([box for _, box in objects], np.float32).reshape(-1, 4).T * np.float32(scale)
+        return torch.from_numpy(np.stack([x, y, x + w, y + h], axis=1)), torch.from_numpy(masks)
+
+
 class RowsWithMasks(Dataset):
-    """The same with what our ring delivers beside them."""
+    """The same with what our ring delivers beside them: `annotate(row)` makes it."""
 
-    def __init__(self, rows: Dataset, annotator: Annotator):
-        self.rows, self.annotator = rows, annotator
+    def __init__(self, rows: Dataset, annotate: Callable[[int], object]):
+        self.rows, self.annotate = rows, annotate
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Annotation]:
-        return self.rows[row], self.annotator.annotate([Visit(row)])
+    def __getitem__(self, row: int) -> tuple[Tensor, object]:
+        return self.rows[row], self.annotate(row)
 
 
-def collate(items: list[tuple[Tensor, Annotation]]) -> tuple[Tensor, Annotation]:
+class OurMasks:
+    """What our ring delivers beside a row, made one row at a time."""
+
+    def __init__(self, data: Data):
+        self.annotator = make_annotator(data)
+
+    def __call__(self, row: int) -> Annotation:
+        return self.annotator.annotate([Visit(row)])
+
+
+def collate_as_usual(items: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor, Tensor]:
+    rows, annotations = zip(*items, strict=True)
+    boxes, masks = zip(*annotations, strict=True)
+    return torch.stack(rows), torch.cat(boxes), torch.cat(masks)
+
+
+def collate_ours(items: list[tuple[Tensor, Annotation]]) -> tuple[Tensor, Annotation]:
     rows, annotations = zip(*items, strict=True)
     return torch.stack(rows), Annotation.join(annotations)
 
@@ -118,33 +159,32 @@ def dataloader_zarr(data: Data, batches: list[list[int]]) -> Stream:
     return loader(ZarrRows(data.store.path / "neck"), batches)
 
 
-def with_masks(rows: Dataset, data: Data, batches: list[list[int]], known_bytes: int = 0) -> Stream:
-    dataset = RowsWithMasks(rows, make_annotator(data, known_bytes))
-    together = loader(dataset, batches, collate_fn=collate)
+def with_masks(rows: Dataset, annotate: Callable, collate: Callable, batches: list[list[int]]) -> Stream:
+    together = loader(RowsWithMasks(rows, annotate), batches, collate_fn=collate)
 
     def stream() -> Iterator[Tensor]:
-        for rows, _ in together():
+        for rows, *_ in together():
             yield rows
 
     return stream
 
 
 def dataloader_npy_with_masks(data: Data, batches: list[list[int]]) -> Stream:
-    return with_masks(NpyRows(npy_files(data)), data, batches)
+    return with_masks(NpyRows(npy_files(data)), MasksAsUsual(data.store), collate_as_usual, batches)
 
 
-def dataloader_npy_with_known_masks(data: Data, batches: list[list[int]]) -> Stream:
-    """Each worker keeps masks of its own, and gets other rows of an epoch each time: it knows most of them, not all."""
-    return with_masks(NpyRows(npy_files(data)), data, batches, KNOWN_BYTES)
+def dataloader_npy_with_our_masks(data: Data, batches: list[list[int]]) -> Stream:
+    return with_masks(NpyRows(npy_files(data)), OurMasks(data), collate_ours, batches)
 
 
 def dataloader_zarr_with_masks(data: Data, batches: list[list[int]]) -> Stream:
-    return with_masks(ZarrRows(data.store.path / "neck"), data, batches)
+    rows = ZarrRows(data.store.path / "neck")
+    return with_masks(rows, MasksAsUsual(data.store), collate_as_usual, batches)
 
 
 STREAMS = (
     ring, ring_with_masks, ring_with_known_masks, dataloader_npy, dataloader_npy_with_masks,
-    dataloader_npy_with_known_masks, dataloader_zarr, dataloader_zarr_with_masks,
+    dataloader_npy_with_our_masks, dataloader_zarr, dataloader_zarr_with_masks,
 )  # fmt: skip
 
 # A ratio's name -> how many times slower the first stream was than the second.
@@ -153,7 +193,9 @@ RATIOS = {
     "delivered_vs_dataloader_zarr": ("dataloader_zarr", "ring"),
     "delivered_with_masks_vs_dataloader_npy": ("dataloader_npy_with_masks", "ring_with_masks"),
     "delivered_with_masks_vs_dataloader_zarr": ("dataloader_zarr_with_masks", "ring_with_masks"),
-    "delivered_with_known_masks_vs_dataloader_npy": ("dataloader_npy_with_known_masks", "ring_with_known_masks"),
+    "delivered_with_masks_vs_dataloader_npy_with_our_masks": ("dataloader_npy_with_our_masks", "ring_with_masks"),
+    "delivered_with_known_masks_vs_dataloader_npy": ("dataloader_npy_with_masks", "ring_with_known_masks"),
+    "delivered_with_known_masks_vs_dataloader_zarr": ("dataloader_zarr_with_masks", "ring_with_known_masks"),
     "masks_vs_ring": ("ring_with_masks", "ring"),
     "known_masks_vs_ring": ("ring_with_known_masks", "ring"),
 }

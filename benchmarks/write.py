@@ -233,7 +233,7 @@ def render(result: dict) -> str:
         for name in order
     ]  # fmt: skip
     pieces = table(["of a row", "processor ms"], [[name, f"{ms:.2f}"] for name, ms in result["pieces"].items()])
-    targets = {"vs_tensorstore": 4, "vs_zarr_python": 5, "vs_npy": 1}
+    targets = {"vs_tensorstore": 4, "vs_zarr_python_default": 5, "vs_zarr_python": 5, "vs_npy": 1}
     found = ", ".join(
         f"{ratios[name]:.2f}x {NAMES[name.removeprefix('vs_')]} ({'met' if ratios[name] >= target else 'target'}"
         f"{'' if ratios[name] >= target else f' {target}x'})"

@@ -47,7 +47,9 @@ def make_optimizer(
             return cfg.least_rate + (cfg.learning_rate - cfg.least_rate) * factor
         return cfg.learning_rate * factor
 
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay), learning_rate_at
+    # Fused: one pass over each parameter and its moments, where the plain one takes a dozen.
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    return optimizer, learning_rate_at
 
 
 def choose_repeats(cfg: TrainingKnobs, categories: list[np.ndarray], names: Sequence[str] | None = None) -> np.ndarray:

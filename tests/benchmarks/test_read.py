@@ -3,6 +3,7 @@
 import os
 import sys
 
+import numpy as np
 import pytest
 
 from sam_cache.store import OK, EmbeddingStore, verify
@@ -33,6 +34,19 @@ def test_what_reads_rows_reads_what_was_written_and_the_figures_become_tables(pr
     text = benchmark.render(result | {"settings": {"codec": codec}})
     assert "| **samcache, verified** |" in text
     assert ("| `delivered_vs_dataloader_npy` | 5 | not measured |" in text) == (codec == "raw")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools under NumPy 2
+def test_masks_as_one_writes_them_are_the_masks_that_we_deliver(program, tmp_path):
+    data = program("read_contenders").make_data(tmp_path, 3, 1, "raw")
+    streams = program("read_streams")
+    usual, ours = streams.MasksAsUsual(data.store), streams.OurMasks(data)
+    for row in range(3):
+        (boxes, masks), annotation = usual(row), ours(row)
+        assert len(masks) == len(boxes) == len(annotation.prompts)
+        np.testing.assert_allclose(masks, annotation.targets.masks, atol=1e-5)
+        # Ours are moved by up to 20 pixels, as SAM was trained.
+        np.testing.assert_allclose(boxes, annotation.prompts.boxes_xyxy_input, atol=20)
 
 
 def test_cold_reading_in_miniature(program, tmp_path):

@@ -44,7 +44,8 @@ def test_masks_as_one_writes_them_are_the_masks_that_we_deliver(program, tmp_pat
     for row in range(3):
         (boxes, masks), annotation = usual(row), ours(row)
         assert len(masks) == len(boxes) == len(annotation.prompts)
-        np.testing.assert_allclose(masks, annotation.targets.masks, atol=1e-5)
+        # OpenCV rounds the shrunk image to whole cells.
+        assert abs(masks - annotation.targets.masks).sum() < 0.05 * masks.sum()
         # Ours are moved by up to 20 pixels, as SAM was trained.
         np.testing.assert_allclose(boxes, annotation.prompts.boxes_xyxy_input, atol=20)
 

@@ -7,8 +7,9 @@ BIN = .venv/bin
 demo: .venv/ready
 	$(BIN)/samcache run quickstart
 
+# Side by side, and with one thread each, so that they do not wait for one another.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 
 lint: .venv/ready
 	$(BIN)/ruff check

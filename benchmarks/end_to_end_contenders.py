@@ -96,7 +96,7 @@ class UpstreamTop(torch.nn.Module):
 
 
 class Contenders:
-    """What takes turns, by name; and the operations of each part for one image."""
+    """What takes turns, by name; the operations of each part for one image; and how many `steps` a turn has."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         self.options, self.device = options, torch.device(options.device)
@@ -114,6 +114,7 @@ class Contenders:
         self.pixels, self.content = found.pixels.to(self.device), found.content_hw.to(self.device)
         self.turns: dict[str, Callable[[], object]] = {}
         self.gigaflops: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
         for model in options.models:
             self._add_encoders(model)
         for count in options.prompts:
@@ -147,22 +148,28 @@ class Contenders:
         if len(batch.prompts) != count * self.options.images:
             raise ValueError(f"{len(batch.prompts)} prompts were drawn where {count} an image were asked for")
         trainer = self.trainer
+        steps = max(2, min(4 * self.options.steps, round(self.options.steps * 8 / count)))
 
         def from_memory(loss: str) -> None:
-            for _ in range(self.options.steps):
+            for _ in range(steps):
                 trainer.step(batch, loss)
 
         def from_store(loss: str) -> None:
-            for _ in range(self.options.steps):
+            for _ in range(steps):
                 trainer.step(next(batches).to(self.device), loss)
 
         for loss in LOSSES:
             self.turns[f"memory {count} {loss}"] = partial(from_memory, loss)
             self.turns[f"cached {count} {loss}"] = partial(from_store, loss)
+            self.steps |= dict.fromkeys((f"memory {count} {loss}", f"cached {count} {loss}"), steps)
             # A backward pass takes twice the operations of its forward; what it makes again is not counted.
             forward = count_gigaflops(lambda loss=loss: next(trainer.objectives[loss](trainer.top, batch)))
             self.gigaflops[f"step {count} {loss}"] = 3 * forward / self.options.images
         self.turns[f"upstream {count}"] = partial(trainer.step_upstream, batch)
+
+    def of_one(self, seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Those of one step, from those of a turn."""
+        return {name: [time / self.steps.get(name, 1) for time in times] for name, times in seconds.items()}
 
     def _read(self, count: int) -> Iterator[Batch]:
         sampling = Sampling(parse_prompts("box"), 0, training=True, max_objects=count)

@@ -11,7 +11,10 @@ Result = TypeVar("Result")
 
 
 def run_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
-    """`map(function, items)` in order, computed by `threads` threads at most `ahead` items early."""
+    """`map(function, items)` in order, computed by `threads` threads at most `ahead` items early; with 0 in turn."""
+    if not threads:
+        yield from map(function, items)
+        return
     source = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(source, ahead))

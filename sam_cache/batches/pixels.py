@@ -1,4 +1,4 @@
-"""Dataset images -> batches of encoder pixels, decoded in threads ahead of the encoder."""
+"""Dataset images -> batches of encoder pixels, decoded in threads ahead of the encoder or, with 0 threads, in turn."""
 
 import hashlib
 import threading

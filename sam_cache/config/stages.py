@@ -42,7 +42,8 @@ class EmbedConfig(DeviceKnobs, PixelKnobs, ModelKnobs, DatasetKnobs):
         None, description="Compile the encoder, for a minute. Default: on cuda, from 4,000 rows."
     )
     threads: Positive | None = Field(
-        None, description="Threads that decode images ahead of the encoder. Default: one for each core."
+        None,
+        description="Threads that decode ahead of the encoder. Default: one for each core; on cpu all is done in turn.",
     )
     strict: bool = Field(False, description="Exit 1 when any image was skipped.")
 

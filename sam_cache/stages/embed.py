@@ -63,11 +63,20 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
         compile_encoder(encoder, batch_size, device)
     quantised = {name for name, level in spec.levels.items() if level.dtype == "int8"}
     encoding = Encoding(encoder, device, batch_size, quantised)
-    threads = cfg.threads or os.cpu_count() or 1
+    threads = cfg.threads or threads_beside(device)
     with Bar("embedding", sum(len(shard.rows) for shard in todo), "images") as bar:
         notes = fill(store, ranks.share(todo), source, asked, how, encoding, threads, bar)
     store.compact()
     return report(cfg, store, source, notes, done=len(todo))
+
+
+def threads_beside(device: torch.device) -> int:
+    """Threads that decode while the encoder runs: one for each core beside a GPU, and none on a CPU.
+
+    There the encoder's own threads fill the cores, and each of its layers would wait for whatever ran beside it:
+    several times as long as that takes in turn.
+    """
+    return 0 if device.type == "cpu" else os.cpu_count() or 1
 
 
 def fill(
@@ -82,10 +91,12 @@ def fill(
 ) -> Counter[str]:
     """Embed the rows that these shards lack; `asked` has each row's image number and view. Returns what was noted.
 
-    Decoding, encoding and writing go on side by side: the encoder waits for neither. Raises Interrupted.
+    Decoding, encoding and writing go on side by side: the encoder waits for neither. With 0 `threads` all is done
+    in turn. Raises Interrupted.
     """
     notes: Counter[str] = Counter()
-    with stop_on_signals() as stop, OpenShards(store) as open_shards, WritingThread() as writing:
+    writing = WritingThread(ahead=2 if threads else 0)
+    with stop_on_signals() as stop, OpenShards(store) as open_shards, writing:
 
         def rows_to_embed() -> Iterator[tuple[int, int]]:
             """Image number and row, shard after shard, so that nothing waits where one ends and the next begins."""

@@ -1,4 +1,4 @@
-"""Rows written in a thread of their own, while the encoder goes on with the next ones."""
+"""Rows written by a thread of their own while the encoder goes on with the next ones, or in turn."""
 
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +17,7 @@ class WritingThread:
     """Does what it is given in order, in one thread; the giver waits while `ahead` pieces are not done.
 
     A piece that fails is the last that is begun; what it raised is raised by the next `give` or `finish`.
+    With `ahead` 0 there is no thread: the giver does the piece itself.
     """
 
     def __init__(self, ahead: int = 2):
@@ -32,6 +33,9 @@ class WritingThread:
         self._thread.shutdown(cancel_futures=True)
 
     def give(self, piece: Callable[[], None]) -> None:
+        if not self._ahead:
+            piece()
+            return
         while len(self._given) >= self._ahead:
             self._given.popleft().result()
         self._given.append(self._thread.submit(self._do, piece))

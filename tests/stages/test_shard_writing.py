@@ -62,6 +62,13 @@ def test_pieces_are_done_in_order_and_the_giver_waits():
     assert done == [0, 1, 2, 3, 4]
 
 
+def test_without_a_thread_the_giver_does_it_itself():
+    done = []
+    with WritingThread(ahead=0) as writing:
+        writing.give(lambda: done.append(threading.current_thread()))
+        assert done == [threading.current_thread()]
+
+
 @pytest.mark.parametrize("end", ["give", "finish"])
 def test_a_piece_that_fails_is_the_last_and_says_so(end):
     done = []
@@ -81,6 +88,11 @@ def test_a_piece_that_fails_is_the_last_and_says_so(end):
     with pytest.raises(OSError, match="no space left"):
         write()
     assert done == [0]
+
+
+def test_in_turn_as_side_by_side(whole, tmp_path):
+    assert embed(config(tmp_path / "s.zarr", threads=None, device="cpu")) == 0
+    assert bytes_of(tmp_path / "s.zarr") == bytes_of(whole)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -49,7 +49,7 @@ SHARES = {"vit_b": 0.45, "vit_l": 0.6, "vit_h": 0.6}  # of the rate of products,
 BOUNDS = {"cpu": 1e-4, "cuda": 3e-2}  # relative distances from the published encoder: fp32 sums, bf16 values
 
 
-def draw(images: int, device: str, side: int) -> Tensor:
+def draw_images(images: int, device: str, side: int) -> Tensor:
     """Coarse fields with grain: an image of noise alone would leave attention nothing to find."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(images, 3, side // 32, side // 32, generator=generator)
@@ -86,7 +86,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 @torch.inference_mode()
 def measure_on_cpu(model: str, rounds: int) -> dict:
     contenders = contenders_on_cpu(model)
-    pixels = draw(1, "cpu", SIZES[model].input_size)
+    pixels = draw_images(1, "cpu", SIZES[model].input_size)
     expected = contenders["published"](pixels)
     distances = {name: distance(encode(pixels), expected) for name, encode in contenders.items()}
     used: dict[str, list[float]] = {name: [] for name in contenders}
@@ -125,7 +125,7 @@ def measure_on_gpu(model: str, rounds: int, batches: list[int], fast: Path | Non
     """Each contender alone first, for its best batch size; then all that run in turn."""
     torch._dynamo.config.recompile_limit = 64  # two graphs for each contender and batch size, of one function
     side = SIZES[model].input_size
-    pixels = draw(max(batches), "cuda", side)
+    pixels = draw_images(max(batches), "cuda", side)
     makers = makers_on_gpu(model, fast)
     with torch.backends.cudnn.flags(allow_tf32=False):
         expected = torch.cat([makers["published"]()(pixels[i : i + 1]) for i in range(2)])

@@ -177,10 +177,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=["vit_b", "vit_l", "vit_h"])
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8, 32], help="per image")
     parser.add_argument("--images", type=int, default=1, help="images a step")
-    parser.add_argument("--steps", type=int, default=6, help="in a row with 8 prompts an image; with fewer more")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=6,
+        help="in a row; of fewer prompts than 8 up to four times as many",
+    )
     parser.add_argument("--rows", type=int, default=8, help="images in the store")
     parser.add_argument("--rounds", type=int, help="default: 3, on a GPU 10")
-    parser.add_argument("--loader-rounds", type=int, default=7, help="of cached against memory alone")
+    parser.add_argument("--loader-rounds", type=int, default=3, help="of cached against memory alone")
     parser.add_argument("--store-model", default="nano", help="makes the store; its rows are as large as all others'")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()

@@ -18,6 +18,7 @@ from sam_cache.data.synthetic import open_synthetic, place_things
 from sam_cache.model import SIZES, Encoder, Masks, Top, fixed_weights, freeze, top_from_bytes
 from sam_cache.model.encoder import normalise_pixels
 from sam_cache.model.parts import build_image_encoder, part_of
+from sam_cache.model.products import BY_ONEDNN
 from sam_cache.stages.cached_data import CachedData
 from sam_cache.stages.decoding import SamObjective
 from sam_cache.stages.device import pick_mask_budget
@@ -148,7 +149,8 @@ class Contenders:
         if len(batch.prompts) != count * self.options.images:
             raise ValueError(f"{len(batch.prompts)} prompts were drawn where {count} an image were asked for")
         trainer = self.trainer
-        steps = max(2, min(4 * self.options.steps, round(self.options.steps * 8 / count)))
+        # No fewer, or a queue full of batches would last for a whole turn.
+        steps = self.options.steps * max(1, min(4, 8 // count))
 
         def from_memory(loss: str) -> None:
             for _ in range(steps):
@@ -185,7 +187,8 @@ def copy(batch: Batch) -> Batch:
 
 
 def count_gigaflops(function: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: count_linear}) as counter:
+    ours = {torch.ops.mkldnn._linear_pointwise: count_linear} if BY_ONEDNN else {}
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         function()
     return counter.get_total_flops() / 1e9
 

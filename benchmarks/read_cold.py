@@ -5,8 +5,8 @@
 The store and the other formats of `read.py`. Before each turn all files are written to disk and dropped from memory;
 then every row is read once, in random order, into one reused batch tensor; of the ring's batches those in the middle
 count, when its buffers are not fresh and it is ahead. `o_direct` reads past the page cache into aligned memory, one
-row at a time (1) or four (4): that is the disk. `*_vs_o_direct` are shares of the faster of the two, `cpu_ms` the
-processor's milliseconds per row, of all threads and of the kernel on their behalf.
+row at a time (1) or four (4): what the disk gives to so few requests. `*_vs_o_direct` are shares of the faster of the
+two, `cpu_ms` the processor's milliseconds per row, of all threads and of the kernel on their behalf.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 Delivered to a loop that does nothing else. The first batches, which pay for fresh buffers and waiting queues, are not
 counted. Box prompts and 256x256 masks of all objects of a row come beside it where the name says so: made by our ring
 in threads, in a DataLoader row by row in its worker processes, by pycocotools and OpenCV as one writes it or, where it
-says `our_masks`, by our code. Where it says `known`, the masks of all rows have been made in an epoch before. `RATIOS`
-says which streams are compared.
+says `our_masks`, by our code. Where it says `known`, our ring has made the masks of all rows in an epoch before and
+kept them; a DataLoader keeps none. `RATIOS` says which streams are compared.
 """
 
 import time
@@ -59,8 +59,8 @@ class MasksAsUsual:
         shape = round(width * scale / 4), round(height * scale / 4)
         masks = np.zeros((len(objects), 256, 256), np.float32)
         for mask, (rle, _) in zip(masks, objects, strict=True):
-            pixels = mask_utils.decode({"size": [int(height), int(width)], "counts": rle})
-            mask[: shape[1], : shape[0]] = cv2.resize(pixels.astype(np.float32), shape, interpolation=cv2.INTER_AREA)
+            pixels = np.ascontiguousarray(mask_utils.decode({"size": [int(height), int(width)], "counts": rle})) * 255
+            mask[: shape[1], : shape[0]] = cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA) / np.float32(255)
         x, y, w, h = np.array([box for _, box in objects], np.float32).reshape(-1, 4).T * np.float32(scale)
         return torch.from_numpy(np.stack([x, y, x + w, y + h], axis=1)), torch.from_numpy(masks)
 
@@ -159,8 +159,12 @@ def dataloader_zarr(data: Data, batches: list[list[int]]) -> Stream:
     return loader(ZarrRows(data.store.path / "neck"), batches)
 
 
+def one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)  # else every worker starts as many as there are cores
+
+
 def with_masks(rows: Dataset, annotate: Callable, collate: Callable, batches: list[list[int]]) -> Stream:
-    together = loader(RowsWithMasks(rows, annotate), batches, collate_fn=collate)
+    together = loader(RowsWithMasks(rows, annotate), batches, collate_fn=collate, worker_init_fn=one_thread)
 
     def stream() -> Iterator[Tensor]:
         for rows, *_ in together():

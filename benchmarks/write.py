@@ -15,7 +15,8 @@ first round was read back and compared. Making folders and metadata is not count
 process over what it held before; the shard that zarr-python and TensorStore must be handed whole is not counted.
 
 `pieces` are the processor milliseconds of all that is done for a row, each by itself, and what a sha256 of it would
-add. `*_cost` are shares of the whole time: of fsync by leaving it out, of the crc32c by its piece.
+add. `fsync_cost` is its share of the time with fsync, by leaving it out; `crc32c_cost` that of its piece of the time
+without. All ratios are medians over rounds.
 """
 
 import argparse
@@ -240,11 +241,17 @@ def render(result: dict) -> str:
         for name, target in targets.items()
         if ratios[name] is not None
     )
+    lasting = ", ".join(
+        f"{ratios[f'synced_{name}']:.2f}x {NAMES[name.removeprefix('vs_')]}"
+        for name in targets
+        if ratios[f"synced_{name}"] is not None
+    )
     return "\n\n".join(
         [
             table(head, rows),
-            f"Against its targets, without fsync on either side: {found}. Of our time fsync takes "
-            f"{ratios['fsync_cost']:.0%} and the crc32c {ratios['crc32c_cost']:.0%}.",
+            f"Against its targets, without fsync on either side: {found}. With fsync on both: {lasting}. Ratios are "
+            f"medians over rounds. fsync takes {ratios['fsync_cost']:.0%} of the time with it, the crc32c "
+            f"{ratios['crc32c_cost']:.0%} of the time without.",
             pieces,
         ]
     )

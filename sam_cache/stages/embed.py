@@ -73,8 +73,7 @@ def embed(cfg: EmbedConfig, dataset: Dataset | None = None) -> int:
 def threads_beside(device: torch.device) -> int:
     """Threads that decode while the encoder runs: one for each core beside a GPU, and none on a CPU.
 
-    There the encoder's own threads fill the cores, and each of its layers would wait for whatever ran beside it:
-    several times as long as that takes in turn.
+    There the encoder's own threads fill the cores, and each of its layers would wait for whatever ran beside it.
     """
     return 0 if device.type == "cpu" else os.cpu_count() or 1
 

@@ -78,7 +78,7 @@ class Encoding:
         )
         levels = {name: level[: len(batch.rows)].contiguous() for name, level in found.items()}
         if self._copying is None:
-            # Whoever writes them is another thread, which not every device allows to ask for its tensors.
+            # Whoever writes them may be another thread, which not every device allows to ask for its tensors.
             return Encoded({name: level.cpu() for name, level in levels.items()}, None)
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self._device))

@@ -1,6 +1,7 @@
 """benchmarks/read.py, read_cold.py and opening.py in miniature."""
 
 import os
+import pickle
 import sys
 
 import numpy as np
@@ -40,7 +41,14 @@ def test_what_reads_rows_reads_what_was_written_and_the_figures_become_tables(pr
 def test_masks_as_one_writes_them_are_the_masks_that_we_deliver(program, tmp_path):
     data = program("read_contenders").make_data(tmp_path, 3, 1, "raw")
     streams = program("read_streams")
-    usual, ours = streams.MasksAsUsual(data.store), streams.OurMasks(data)
+    # As a DataLoader's workers get them.
+    usual, ours = pickle.loads(pickle.dumps((streams.MasksAsUsual(data.store), streams.OurMasks(data))))
+    rows = streams.NpyRows(program("read_formats").npy_files(data))
+    for annotate, collate in (usual, streams.collate_as_usual), (ours, streams.collate_ours):
+        items = streams.RowsWithMasks(rows, annotate)
+        together = collate([items[row] for row in (2, 0)])
+        np.testing.assert_array_equal(together[0], data.values[[2, 0]])
+    assert len(together[1].targets.masks) == sum(len(usual(row)[1]) for row in (2, 0))
     for row in range(3):
         (boxes, masks), annotation = usual(row), ours(row)
         assert len(masks) == len(boxes) == len(annotation.prompts)

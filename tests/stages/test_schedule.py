@@ -4,18 +4,35 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+import torch
 
 from sam_cache.config import TrainTopConfig
 from sam_cache.data import Views
 from sam_cache.stages import embedding_store
 from sam_cache.stages.cached_data import CachedData
-from sam_cache.stages.schedule import choose_repeats
+from sam_cache.stages.schedule import choose_repeats, make_optimizer
 
 EMBED = ("embed", "--dataset", "synthetic", "--scenes", 3, "--model", "tiny", "--shard-rows", 8)
 
 
 def config(**changes):
     return TrainTopConfig(**{"store": "s", "out": "o", "sampling": "repeat-factor", "repeat_threshold": 0.05} | changes)
+
+
+def test_the_fused_optimizer_is_the_plain_one():
+    networks = [torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3)) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    fused, _ = make_optimizer(config(), networks[0], steps=3)
+    group = fused.param_groups[0]
+    plain = torch.optim.AdamW(networks[1].parameters(), group["lr"], weight_decay=group["weight_decay"], fused=False)
+    assert group["fused"]
+    for _ in range(3):
+        for network, optimizer in zip(networks, (fused, plain), strict=True):
+            optimizer.zero_grad()
+            network(torch.arange(8.0).view(2, 4)).square().sum().backward()
+            optimizer.step()
+    for ours, theirs in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_the_share_of_images_counts_and_not_that_of_rows():

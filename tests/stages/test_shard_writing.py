@@ -14,7 +14,7 @@ from sam_cache.data.synthetic import open_synthetic
 from sam_cache.errors import Interrupted, UsageError
 from sam_cache.model import load_encoder
 from sam_cache.model.attention import run_block
-from sam_cache.stages.embed import embed
+from sam_cache.stages.embed import embed, threads_beside
 from sam_cache.stages.encoding import Encoding, compile_encoder, wants_compiling
 from sam_cache.stages.progress import Stop
 from sam_cache.stages.shard_writing import WritingThread
@@ -91,6 +91,7 @@ def test_a_piece_that_fails_is_the_last_and_says_so(end):
 
 
 def test_in_turn_as_side_by_side(whole, tmp_path):
+    assert threads_beside(CPU) == 0 < threads_beside(torch.device("cuda"))
     assert embed(config(tmp_path / "s.zarr", threads=None, device="cpu")) == 0
     assert bytes_of(tmp_path / "s.zarr") == bytes_of(whole)
 

@@ -94,17 +94,16 @@ def measure_annotation(objects: int, rounds: int) -> dict:
     """Prompts and 256x256 targets of one image with so many objects: those of a generated scene, again and again."""
     with tempfile.TemporaryDirectory() as folder:
         store = make_data(Path(folder), rows=1, channels=1, codec="raw").store
-        scene = store.objects()
-    many = {name: repeat(column, objects) for name, column in scene.items()}
-    many["id"] = np.arange(objects)
-    sampling = Sampling(parse_prompts("box"), seed=0, training=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = []
-    for _ in range(rounds + 1):
-        annotator = Annotator(store.images, many, Preprocessing(1024), 256, sampling)  # anew: it remembers
-        started = time.perf_counter()
-        annotator.annotate([Visit(0)])
-        seconds.append(time.perf_counter() - started)
+        many = {name: repeat(column, objects) for name, column in store.objects().items()}
+        many["id"] = np.arange(objects)
+        sampling = Sampling(parse_prompts("box"), seed=0, training=True)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = []
+        for _ in range(rounds + 1):
+            annotator = Annotator(store.images, many, Preprocessing(1024), 256, sampling)  # anew: it remembers
+            started = time.perf_counter()
+            annotator.annotate([Visit(0)])
+            seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"objects": objects, "seconds": statistics.median(seconds[1:]), "bytes": peak - before}
 

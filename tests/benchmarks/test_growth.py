@@ -1,5 +1,7 @@
 """benchmarks/growth.py in miniature."""
 
+import os
+
 import pytest
 
 
@@ -12,6 +14,19 @@ def test_a_step_is_measured_whatever_the_chunks(growth):
     found = growth.measure_step("tiny", images=2, objects=3, loss="points", budget=4, rounds=1, device="cpu")
     assert found["seconds"] > 0
     assert (found["images"], found["objects"], found["loss"]) == (2, 3, "points")
+
+
+def test_prompts_and_targets_are_made_of_as_many_objects_as_asked_for(growth):
+    found = growth.measure_annotation(30, rounds=1)
+    assert found["objects"] == 30
+    assert found["seconds"] > 0
+
+
+def test_workers_deliver(growth, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    found = growth.measure_workers(2, rows=8, rounds=1)
+    assert found["threads"] == 2
+    assert found["rows_per_s"] > 0
 
 
 def test_columns_are_repeated_whatever_they_hold(growth):

@@ -123,8 +123,8 @@ def render(result: dict) -> str:
         f"{'bf16' if settings['device'] == 'cuda' else 'fp32'}, {settings['images']} image a step, "
         f"medians of {settings['rounds']} rounds in turn.",
         table(head, cells),
-        f"Against the same step fed from memory, a cached one takes {min(loader):+.1%} to {max(loader):+.1%} of time; the "
-        "target was 5%.",
+        f"Against the same step fed from memory, a cached one takes {min(loader):+.1%} to {max(loader):+.1%} of time; "
+        "the target was 5%.",
     ]
     if settings["device"] == "cpu":
         for row in rows:

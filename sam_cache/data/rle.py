@@ -17,6 +17,7 @@ from sam_cache.errors import DatasetError
 # pycocotools keeps every step along an outline in memory, and counts them in 32 bits.
 LONGEST = 2**20  # pixels along x and y together; nobody draws that
 FARTHEST = 2**24  # pixels from the origin
+SIX_CHARACTERS = 2**24  # of four numbers or more that all take six, pycocotools writes one byte beyond its memory
 
 
 class RunLengths(msgspec.Struct):
@@ -120,7 +121,12 @@ def _from_runs(run_lengths: RunLengths, height: int, width: int) -> bytes:
         raise DatasetError(f"runs do not add up to {width}x{height} pixels")
     if text and runs[1:].all():
         return text
-    return coco_mask.frPyObjects({"size": [height, width], "counts": _join_runs(runs)}, height, width)["counts"]
+    joined = _join_runs(runs)
+    written = joined.copy()
+    written[3:] -= joined[1:-2]
+    if len(written) > 3 and np.abs(written).min() >= SIX_CHARACTERS:
+        raise DatasetError(f"runs are all of {SIX_CHARACTERS} pixels or more, or differ by as many")
+    return coco_mask.frPyObjects({"size": [height, width], "counts": joined}, height, width)["counts"]
 
 
 def _join_runs(runs: np.ndarray) -> np.ndarray:

@@ -52,6 +52,18 @@ def test_box_and_area(mask):
     assert box == (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
 
 
+def test_runs_that_pycocotools_would_write_beyond_its_memory_are_refused():
+    def read(counts):
+        size = [1, sum(counts)]
+        return parse_rle(segmentation_to_rle(json.dumps({"size": size, "counts": counts}).encode(), *size))
+
+    long = 2**24
+    for counts in ([long] * 3, [1, long, long, 2 * long]):
+        assert read(counts).tolist() == counts
+    with pytest.raises(DatasetError, match="differ by as many"):
+        read([long, long, long, 2 * long])
+
+
 def test_empty_runs_do_not_loosen_the_box():
     mask = np.zeros((6, 5), np.uint8)
     mask[2:4, 3] = 1

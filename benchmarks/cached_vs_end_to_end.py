@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from end_to_end_contenders import LOSSES, Contenders
 from matplotlib.figure import Figure
-from measure import alternate, describe_machine, median_ratio, summarise, table, write_results
+from measure import Seconds, alternate, describe_machine, median_ratio, summarise, table, write_results
 
 from sam_cache.model import SIZES
 from sam_cache.stages.allocation import keep_freed_memory
@@ -44,11 +44,11 @@ from sam_cache.stages.allocation import keep_freed_memory
 TARGETS = {"maps": 0.45, "points": 0.6}  # of the bound, on a CPU with the first size and eight prompts
 
 
-Seconds = dict[str, list[float]]  # per contender and round, of one step or one image's encoder
-
-
 def compare(seconds: Seconds, alone: Seconds, gigaflops: dict[str, float], options: argparse.Namespace) -> list[dict]:
-    """A row for each size, number of prompts and loss; `alone` are the turns of steps without encoders."""
+    """A row for each size, number of prompts and loss, from what a step or an image's encoder took.
+
+    `alone` are the turns of steps without encoders.
+    """
     rows = []
     times = {name: np.array(found) for name, found in seconds.items()}
     for model in options.models:
@@ -178,12 +178,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=["vit_b", "vit_l", "vit_h"])
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8, 32], help="per image")
     parser.add_argument("--images", type=int, default=1, help="images a step")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=6,
-        help="in a row; of fewer prompts than 8 up to four times as many",
-    )
+    parser.add_argument("--steps", type=int, default=6, help="in a row; of few prompts up to four times as many")
     parser.add_argument("--rows", type=int, default=8, help="images in the store")
     parser.add_argument("--rounds", type=int, help="default: 3, on a GPU 10")
     parser.add_argument("--loader-rounds", type=int, default=3, help="of cached against memory alone")

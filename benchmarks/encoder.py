@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 from encoder_contenders import OURS, Encode, contenders_on_cpu, makers_on_gpu
-from measure import alternate, describe_machine, median_ratio, summarise, table, write_results
+from measure import Seconds, alternate, describe_machine, median_ratio, summarise, table, write_results
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,7 +101,7 @@ def measure_on_cpu(model: str, rounds: int) -> dict:
     return case | {"processor_s": {name: statistics.median(times[1:]) for name, times in used.items()}}
 
 
-def describe_case(model: str, seconds: dict[str, list[float]], images: dict[str, int], distances: dict) -> dict:
+def describe_case(model: str, seconds: Seconds, images: dict[str, int], distances: dict) -> dict:
     """`images` is how many each contender encodes in a turn."""
     per_image = {name: [time / images[name] for time in times] for name, times in seconds.items()}
     best = min((name for name in per_image if name in OURS), key=lambda name: statistics.median(per_image[name]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from measure import Seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from sam_cache.batches import CachedBatches, Order, Preprocessing, Sampling, pixel_batches
@@ -169,7 +170,7 @@ class Contenders:
             self.gigaflops[f"step {count} {loss}"] = 3 * forward / self.options.images
         self.turns[f"upstream {count}"] = partial(trainer.step_upstream, batch)
 
-    def of_one(self, seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    def of_one(self, seconds: Seconds) -> Seconds:
         """Those of one step, from those of a turn."""
         return {name: [time / self.steps.get(name, 1) for time in times] for name, times in seconds.items()}
 

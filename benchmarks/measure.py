@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
+Seconds = dict[str, list[float]]  # per contender, one of each round
 RESULTS = Path(os.environ.get("SAMCACHE_RESULTS", Path(__file__).parent / "results"))
 
 
-def alternate(contenders: dict[str, Callable[[], object]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
+def alternate(contenders: dict[str, Callable[[], object]], rounds: int, seed: int = 0) -> Seconds:
     """Seconds of each contender in each round; every round runs all of them, in shuffled order.
 
     One round more is run first and thrown away: it pays for caches, pages and compilation.
     """
     order, shuffle = list(contenders), random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: Seconds = {name: [] for name in contenders}
     for number in range(rounds + 1):
         shuffle.shuffle(order)
         for name in order:
@@ -35,14 +36,14 @@ def alternate(contenders: dict[str, Callable[[], object]], rounds: int, seed: in
     return seconds
 
 
-def summarise(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def summarise(seconds: Seconds) -> dict[str, dict[str, float]]:
     return {
         name: {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times), "rounds": len(times)}
         for name, times in seconds.items()
     }
 
 
-def median_ratio(seconds: dict[str, list[float]], slower: str, faster: str) -> float:
+def median_ratio(seconds: Seconds, slower: str, faster: str) -> float:
     """Median over rounds of how many times slower one contender was than another in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
 

@@ -29,14 +29,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import alternate, describe_machine, median_ratio, summarise, table, write_results
+from measure import Seconds, alternate, describe_machine, median_ratio, summarise, table, write_results
 from page_cache import files_below, held
 from read_contenders import IN_TWO_THREADS, ON_THE_STORE, Data, Read, gather, halved, make_data, versions
 from read_elsewhere import OtherPython
 from read_formats import OTHER_FORMATS
 from read_streams import RATIOS, SKIPPED, time_streams
-
-Seconds = dict[str, list[float]]  # per contender and round
 
 TENSORSTORE = ("tensorstore_into", "tensorstore_batch", "tensorstore_index")
 LABELS = {
@@ -84,8 +82,7 @@ def time_rows(
     data: Data, batches: list[list[int]], rounds: int, others: list[OtherPython]
 ) -> tuple[Seconds, dict[str, str], bool]:
     """Seconds for all batches, what did not run, and whether the files could be held in memory."""
-    raw = data.store.spec.levels["neck"].codec == "raw"
-    reads, refused = gather(ON_THE_STORE + OTHER_FORMATS * raw, data)
+    reads, refused = gather(ON_THE_STORE + OTHER_FORMATS * data.raw, data)
     out = torch.zeros(len(batches[0]), *data.values.shape[1:], dtype=torch.float16)
     for name, read in list(reads.items()):
         rows = list(range(len(batches[0]))) if name == "webdataset" else batches[0]
@@ -145,8 +142,7 @@ def measure(data: Data, batches: list[list[int]], rounds: int, other_pythons: li
     seconds, unread, allowed = time_rows(data, batches, rounds, others)
     for other in others:
         other.close()
-    raw = data.store.spec.levels["neck"].codec == "raw"
-    streamed, unstreamed = time_streams(data, batches, rounds) if raw else ({}, {})
+    streamed, unstreamed = time_streams(data, batches, rounds) if data.raw else ({}, {})
     seconds |= streamed
     missing = refused | unread | unstreamed
     ratios, fastest = compare(seconds, missing)
@@ -192,10 +188,11 @@ def render(result: dict) -> str:
     ]
     parts = [
         table(["rows into a batch", "rows/s, one thread", "GB/s", "rows/s, two threads"], rows),
-        *([table(["batches delivered", "rows/s"], [[label(name), rate(name)] for name in streams])] * (codec == "raw")),
         table(["ratio", "target", "measured"], asked),
         "All ratios of rows:\n\n" + table(["ratio", "one thread", "two threads"], threads),
     ]
+    if codec == "raw":
+        parts.insert(1, table(["batches delivered", "rows/s"], [[label(name), rate(name)] for name in streams]))
     if not result["held_in_memory"]:
         parts.append("The system did not allow the files to be held in memory: some were read from the disk again.")
     if missing := {name: why for name, why in result["not_measured"].items() if name not in ratios}:

@@ -33,6 +33,11 @@ class Data:
     store: EmbeddingStore
     folder: Path
 
+    @property
+    def raw(self) -> bool:
+        """Whether the store keeps rows as they are, not compressed."""
+        return self.store.spec.levels["neck"].codec == "raw"
+
     def room(self, name: str) -> Path:
         path = self.folder / name
         path.mkdir()
@@ -94,7 +99,7 @@ def places_of(data: Data) -> list[tuple[Path, int]]:
 
 def preadv(data: Data) -> Read:
     """The least that reading can be: one system call per row, nothing checked."""
-    if data.store.spec.levels["neck"].codec != "raw":
+    if not data.raw:
         raise NotImplementedError("compressed rows have to be decoded")
     descriptors: dict[Path, int] = {}
     places = []

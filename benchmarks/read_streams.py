@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import torch
 import zarr
-from measure import alternate
+from measure import Seconds, alternate
 from pycocotools import mask as mask_utils
 from read_contenders import Data, gather
 from read_formats import npy_files
@@ -205,7 +205,7 @@ RATIOS = {
 }
 
 
-def time_streams(data: Data, batches: list[list[int]], rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+def time_streams(data: Data, batches: list[list[int]], rounds: int) -> tuple[Seconds, dict[str, str]]:
     """Seconds for as many batches as there are, after the first ones, per contender and round."""
     count = len(batches)
     streams, refused = gather(STREAMS, data, list(islice(cycle(batches), SKIPPED + count)))

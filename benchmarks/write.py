@@ -35,7 +35,7 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from measure import alternate, describe_machine, median_ratio, summarise, table, write_results
+from measure import Seconds, alternate, describe_machine, median_ratio, summarise, table, write_results
 from write_contenders import CONTENDERS, OTHERS, contender_versions
 
 from sam_cache.store import LevelSpec
@@ -186,7 +186,7 @@ def measure(shards: list[np.ndarray], rounds: int, root: Path, memory_of: Callab
     }
 
 
-def compare(seconds: dict[str, list[float]], memory: dict, pieces: dict, rows: int) -> dict[str, float | None]:
+def compare(seconds: Seconds, memory: dict, pieces: dict, rows: int) -> dict[str, float | None]:
     ratios: dict[str, float | None] = {}
     for kind, suffix in ("", ""), ("synced_", "_synced"):
         for other in (each.__name__ for each in OTHERS):
